@@ -1,0 +1,360 @@
+"""The methods under comparison: one small adapter each, around the package that publishes it.
+
+To add a peer, write a function ``(model, lr, knob, options) -> Optimizer`` and an entry in
+:data:`METHODS`. Weight decay is 0 for all: it is a setting of the task, not of a method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from .sweep import Entry
+from .usage import UsageError
+
+Options = Mapping[str, Any]
+Build = Callable[[nn.Module, float, "float | None", Options], Optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: how to build it, and where its sweep starts.
+
+    Attributes:
+        name: name on the command line.
+        title: name in tables and plots.
+        package: distribution it comes from.
+        build: makes the optimizer.
+        lr: centre of the learning-rate sweep on the language-model task.
+        default: learning rate its package sets (that of AdamW where it wraps AdamW).
+        knob: name of the second sensitive setting, and values to sweep, the package's own first.
+        full: whether all weights are trained instead of adapters.
+        init: initialisation of the adapters, see :mod:`benchmarks.initialisations`.
+        priority: methods of a lower number are finished first.
+        options: further constructor arguments, from ``name[key=value,...]``.
+    """
+
+    name: str
+    title: str
+    package: str
+    build: Build
+    lr: float
+    default: float | None = 1e-3
+    knob: str | None = None
+    values: tuple[float | None, ...] = (None,)
+    full: bool = False
+    init: str | None = None
+    priority: int = 2
+    revision: Callable[[], str] = field(default=lambda: "")
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return importlib.util.find_spec(self.package) is not None
+
+    def optimizer(self, model: nn.Module, lr: float, knob: float | None) -> Optimizer:
+        """Build the optimizer for ``model``."""
+        if self.full:
+            model.requires_grad_(True)
+        return self.build(model, lr, knob, dict(self.options))
+
+    def entry(self, lr_scale: float, knobs: bool) -> Entry:
+        """How this method takes part in a study.
+
+        Args:
+            lr_scale: factor on the centre of the sweep for this kind of task.
+            knobs: whether to sweep the second knob.
+        """
+        return Entry(
+            method=self.name,
+            lr=self.lr * lr_scale,
+            default=self.default,
+            knobs=self.values if knobs else self.values[:1],
+            priority=self.priority,
+            follows="adamw" if self.init else None,
+            revision=self.revision(),
+        )
+
+
+class Combined(Optimizer):
+    """Several optimizers that step together, each on its own parameters.
+
+    Only for methods that can't take every parameter: their groups stay the inner optimizers' own,
+    so that a schedule reaches them.
+    """
+
+    def __init__(self, inner: Iterable[Optimizer]) -> None:
+        self.inner = list(inner)
+        super().__init__(
+            [{"params": list(group["params"])} for one in self.inner for group in one.param_groups],
+            {},
+        )
+        self.param_groups = [group for one in self.inner for group in one.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step every inner optimizer."""
+        for one in self.inner:
+            one.step()
+
+    @property
+    def states(self) -> list[Any]:
+        """The inner optimizers' states."""
+        return [one.state for one in self.inner]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _lora_pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Adapter factors as ``A, B, A, B, ...`` and the other trainable parameters."""
+    pairs: list[nn.Parameter] = []
+    for module in model.modules():
+        factors_a, factors_b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if isinstance(factors_a, nn.ModuleDict) and isinstance(factors_b, nn.ModuleDict):
+            for adapter in factors_a:
+                pairs.extend((factors_a[adapter].weight, factors_b[adapter].weight))
+    known = {id(parameter) for parameter in pairs}
+    return pairs, [parameter for parameter in trainable(model) if id(parameter) not in known]
+
+
+def _adamw(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    return AdamW(trainable(model), lr=lr, **{"weight_decay": 0.0, "fused": True, **options})
+
+
+def _muon(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    """Muon on matrices; embeddings, vectors and heads go to AdamW, as Muon's authors advise.
+
+    ``match_rms_adamw`` scales Muon's step to AdamW's, so that one learning rate serves both.
+    """
+    vocabulary = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    matrices, rest = [], []
+    for parameter in trainable(model):
+        is_matrix = parameter.ndim == 2 and id(parameter) not in vocabulary
+        (matrices if is_matrix else rest).append(parameter)
+    settings = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", **options}
+    inner: list[Optimizer] = [Muon(matrices, lr=lr, **settings)]
+    if rest:
+        inner.append(AdamW(rest, lr=lr, weight_decay=0.0, fused=True))
+    return Combined(inner)
+
+
+def _lora_plus(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,  # type: ignore[arg-type]
+        AdamW,
+        lr=lr,
+        loraplus_lr_ratio=16.0 if knob is None else knob,
+        weight_decay=0.0,
+        **options,
+    )
+
+
+def _riemannian(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from peft.optimizers import create_riemannian_optimizer
+
+    reg = 1e-2 if knob is None else knob
+    return create_riemannian_optimizer(
+        model,  # type: ignore[arg-type]
+        AdamW,
+        lr=lr,
+        reg=reg,
+        weight_decay=0.0,
+        **options,
+    )
+
+
+def _lora_fa(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from peft.optimizers import create_lorafa_optimizer
+
+    config = model.peft_config["default"]  # type: ignore[union-attr,index]
+    return create_lorafa_optimizer(
+        model,  # type: ignore[arg-type]
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lr=lr,
+        **options,
+    )
+
+
+def _lora_rite(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from pytorch_optimizer import LoRARite
+
+    pairs, rest = _lora_pairs(model)
+    optimizer = LoRARite(pairs, lr=lr, **options)
+    if not rest:
+        return optimizer
+    return Combined([optimizer, AdamW(rest, lr=lr, weight_decay=0.0, fused=True)])
+
+
+def _soap(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(trainable(model), lr=lr, **{"weight_decay": 0.0, **options})
+
+
+def _shampoo(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    """Scalable Shampoo with the settings its authors use for grafting.
+
+    The package's defaults (first preconditioner after 1000 steps, SGD grafting) never
+    precondition in a fine-tuning run, so these are set as for SOAP: every 10 steps.
+    """
+    from pytorch_optimizer import ScalableShampoo
+    from pytorch_optimizer.optimizer.shampoo_utils import LayerWiseGrafting
+
+    settings: dict[str, Any] = {
+        "start_preconditioning_step": 10,
+        "preconditioning_compute_steps": 10,
+        "graft_type": LayerWiseGrafting.RMSPROP,
+        "moving_average_for_momentum": True,
+    }
+    return ScalableShampoo(trainable(model), lr=lr, **{**settings, **options})
+
+
+def _kron(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from pytorch_optimizer import Kron
+
+    return Kron(trainable(model), lr=lr, **options)
+
+
+def _cg(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
+    from cg_optim import CGLoRAOptimizer
+
+    settings = {"weight_decay": 0.0, **options}
+    if knob is not None:
+        settings["damping"] = knob
+    return CGLoRAOptimizer(model, lr=lr, **settings)
+
+
+def _cg_defaults() -> dict[str, Any]:
+    try:
+        from cg_optim import CGLoRAOptimizer
+    except ImportError:
+        return {}
+    parameters = inspect.signature(CGLoRAOptimizer.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _cg_revision() -> str:
+    """A mark that changes with our defaults, so that only then our cells are run again.
+
+    ``cg_optim.ALGORITHM`` may name a change of the mathematics that leaves the signature alone.
+    """
+    import cg_optim
+
+    defaults = {key: value for key, value in _cg_defaults().items() if key != "weight_decay"}
+    mark = f"{getattr(cg_optim, 'ALGORITHM', '')}{sorted(defaults.items(), key=str)}"
+    return hashlib.sha256(mark.encode()).hexdigest()[:8]
+
+
+def _cg_method() -> Method:
+    defaults = _cg_defaults()
+    method = Method(
+        name="cg",
+        title="CGLoRAOptimizer",
+        package="cg_optim",
+        build=_cg,
+        lr=1e-2,
+        default=float(defaults.get("lr", 1e-3)),
+        priority=0,
+        revision=_cg_revision,
+    )
+    if "damping" in defaults:
+        first = float(defaults["damping"])
+        method = replace(method, knob="damping", values=(None, float(f"{10 * first:.3g}")))
+    return method
+
+
+def _all_methods() -> list[Method]:
+    adamw = Method("adamw", "AdamW", "torch", _adamw, lr=1e-2, priority=0)
+
+    def starting(init: str, title: str) -> Method:
+        return replace(adamw, name=init, title=title, package="peft", init=init, priority=4)
+
+    return [
+        adamw,
+        _cg_method(),
+        Method("full-adamw", "full fine-tuning, AdamW", "torch", _adamw, 2e-3, full=True, priority=0),
+        Method("full-muon", "full fine-tuning, Muon", "torch", _muon, 5e-3, full=True, priority=0),
+        Method("soap", "SOAP", "pytorch_optimizer", _soap, 1e-2, 3e-3, priority=1),
+        Method(
+            "lora+", "LoRA+", "peft", _lora_plus, 3e-3,
+            knob="ratio", values=(None, 4.0), priority=1,
+        ),
+        Method("lora-rite", "LoRA-RITE", "pytorch_optimizer", _lora_rite, 3e-3),
+        Method(
+            "riemannian", "Riemannian AdamW", "peft", _riemannian, 3e-3,
+            knob="reg", values=(None, 1.0, 1e-4),
+        ),
+        Method("muon", "Muon", "torch", _muon, 1e-2),
+        Method("kron", "Kron", "pytorch_optimizer", _kron, 1e-2, priority=3),
+        Method("shampoo", "Shampoo", "pytorch_optimizer", _shampoo, 1e-2, priority=3),
+        Method("lora-fa", "LoRA-FA", "peft", _lora_fa, 1e-2, priority=3),
+        starting("eva", "EVA + AdamW"),
+        starting("lora-ga", "LoRA-GA + AdamW"),
+        starting("pissa", "PiSSA + AdamW"),
+        starting("corda", "CorDA + AdamW"),
+    ]  # fmt: skip
+
+
+METHODS: dict[str, Method] = {method.name: method for method in _all_methods()}
+CEILINGS = tuple(name for name, method in METHODS.items() if method.full)
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def get(spec: str) -> Method:
+    """The method called ``spec``: a name, or a name with options, ``cg[damping=0.3,eps=1e-6]``.
+
+    Options go to the optimizer's constructor; cells of such a variant are kept apart.
+
+    Raises:
+        UsageError: If there is no such method or the options can't be read.
+    """
+    match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", spec.strip())
+    name = match.group(1) if match else spec
+    if not match or name not in METHODS:
+        raise UsageError(f"unknown method {spec!r}; known: {', '.join(METHODS)}")
+    method = METHODS[name]
+    if not match.group(2):
+        return method
+    options = []
+    for item in match.group(2).split(","):
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise UsageError(f"method {spec!r}: expected name[key=value,...]")
+        options.append((key.strip(), _value(text.strip())))
+    values = method.values
+    if method.knob in dict(options):  # given by hand: not swept
+        values = (None,)
+    title = f"{method.title} ({match.group(2)})"
+    return replace(method, name=spec.strip(), title=title, values=values, options=tuple(options))
+
+
+def select(specs: Iterable[str] | None) -> list[Method]:
+    """The methods called for; all of them without a list."""
+    chosen = list(METHODS.values()) if not specs else [get(spec) for spec in specs]
+    return list({method.name: method for method in chosen}.values())

@@ -1,0 +1,212 @@
+"""The training loop that all methods share, and what is measured in it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import metrics
+from .cells import Cell, Result
+from .methods import Combined, Method, trainable
+from .problem import Batch, Problem
+
+WARM_UP = 3
+"""Steps left out of the step times: lazy state and first allocations."""
+
+
+def build(problem: Problem, method: Method, seed: int) -> nn.Module:
+    """The model ``method`` trains, with its adapters unless it trains all weights."""
+    from .initialisations import adapt
+
+    if method.full:
+        return problem.base_model(seed).to(problem.device)
+    return adapt(problem, seed, method.init)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of every tensor in the optimizer's state, wherever it is nested."""
+    seen: set[int] = set()
+
+    def size(value: Any) -> int:
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+        if isinstance(value, nn.Parameter):
+            return 0
+        if isinstance(value, Tensor):
+            return value.numel() * value.element_size()
+        if isinstance(value, Mapping):
+            return sum(size(item) for item in value.values())
+        if isinstance(value, (list, tuple)):
+            return sum(size(item) for item in value)
+        # Some packages keep objects with tensors in their state (Shampoo's preconditioners).
+        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+            return sum(size(item) for item in vars(value).values())
+        return 0
+
+    states = optimizer.states if isinstance(optimizer, Combined) else [optimizer.state]
+    declared = getattr(optimizer, "state_bytes", None)
+    if callable(declared):  # state that lives outside ``optimizer.state``
+        return int(declared())
+    return sum(size(item) for state in states for item in list(state.values()))
+
+
+@dataclass
+class Trainer:
+    """One model with its optimizer on its batches, advanced one step at a time."""
+
+    problem: Problem
+    model: nn.Module
+    optimizer: Optimizer
+    batches: Iterator[Batch]
+    steps: int
+    done: int = 0
+
+    @classmethod
+    def start(cls, problem: Problem, method: Method, cell: Cell) -> Trainer:
+        """Build the model and the optimizer of ``cell``."""
+        model = build(problem, method, cell.seed)
+        optimizer = method.optimizer(model, cell.lr, cell.knob)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = float(group["lr"])
+        model.train()
+        return cls(problem, model, optimizer, problem.batches(cell.seed), cell.steps)
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Loss and gradients of ``batch``, clipped."""
+        self.model.zero_grad(set_to_none=True)
+        with self.problem.autocast():
+            loss = self.problem.loss(self.model, batch)
+        loss.backward()
+        if self.problem.clip is not None:
+            torch.nn.utils.clip_grad_norm_(trainable(self.model), self.problem.clip)
+        return loss.detach()
+
+    def set_rate(self) -> None:
+        """Linear decay to zero, the schedule of every method."""
+        factor = max(0.0, 1.0 - self.done / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def step(self, clock: Callable[[], float] = time.perf_counter) -> tuple[Tensor, float, float]:
+        """One training step; its loss, seconds of forward+backward and of the optimizer."""
+        batch = next(self.batches)
+        self.set_rate()
+        start = clock()
+        loss = self.forward_backward(batch)
+        middle = clock()
+        self.optimizer.step()
+        self.done += 1
+        return loss, middle - start, clock() - middle
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out losses and metrics; leaves no trace in the optimizer."""
+        self.model.eval()
+        with torch.no_grad(), self.problem.autocast():
+            values = self.problem.evaluate(self.model)
+        self.model.train()
+        return values
+
+
+def synchronised(device: torch.device) -> Callable[[], float]:
+    """A clock that waits for the device."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of the device if there is one, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"peak_memory": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if device.type == "cuda":
+        peak["peak_device_memory"] = float(torch.cuda.max_memory_allocated(device))
+    return peak
+
+
+def run(
+    problem: Problem, method: Method, cell: Cell, *, predictions: bool = False
+) -> tuple[Result, NDArray[np.floating] | None]:
+    """Train ``cell`` and measure it.
+
+    Args:
+        problem: the task.
+        method: the method of the cell.
+        cell: learning rate, seed, budget.
+        predictions: whether to return the held-out predictions of the trained model.
+
+    Returns:
+        The record (status ``ok`` or ``diverged``), and the predictions if asked for.
+
+    Raises:
+        Exception: Whatever the method raises; the caller records it as a failure.
+    """
+    clock = synchronised(problem.device)
+    started = time.perf_counter()
+    trainer = Trainer.start(problem, method, cell)
+    set_up = time.perf_counter() - started
+    first = trainer.evaluate()
+    curve: dict[str, list[float]] = {"step": [0.0], "seconds": [0.0]}
+    for half in ("choose", "report"):
+        curve[half] = [first[half]]
+    train: list[float] = []
+    backward_times, step_times = [], []
+    trained_for, final = 0.0, first
+    for step in range(1, cell.steps + 1):
+        loss, backward, stepping = trainer.step(clock)
+        trained_for += backward + stepping
+        train.append(round(float(loss), 5))
+        if step > WARM_UP:
+            backward_times.append(backward)
+            step_times.append(stepping)
+        if not math.isfinite(train[-1]):
+            break
+        if step % problem.evaluate_every == 0 or step == cell.steps:
+            final = trainer.evaluate()
+            curve["step"].append(float(step))
+            curve["seconds"].append(round(trained_for, 4))
+            for half in ("choose", "report"):
+                curve[half].append(final[half])
+    broken = not math.isfinite(train[-1]) or metrics.is_diverged(curve["report"])
+    costs = {
+        "set_up_seconds": round(set_up, 4),
+        "train_seconds": round(trained_for, 4),
+        "state_bytes": float(state_bytes(trainer.optimizer)),
+        "trained_parameters": float(sum(p.numel() for p in trainable(trainer.model))),
+        **peak_memory(problem.device),
+    }
+    if step_times:
+        costs["ms_forward_backward"] = round(1e3 * statistics.median(backward_times), 4)
+        costs["ms_step"] = round(1e3 * statistics.median(step_times), 4)
+    result = Result(
+        cell=cell,
+        status="diverged" if broken else "ok",
+        error=None if not broken else "non-finite, or final above initial loss",
+        curve=curve,
+        train=train,
+        final=final,
+        costs=costs,
+    )
+    kept = None
+    if predictions and not broken:
+        trainer.model.eval()
+        with torch.no_grad(), problem.autocast():
+            kept = problem.predictions(trainer.model)
+    return result, kept

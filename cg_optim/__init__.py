@@ -1,0 +1,16 @@
+"""Curvature-guided optimizer for LoRA: ``CGLoRAOptimizer`` in place of ``AdamW``."""
+
+from cg_optim import errors
+from cg_optim._version import __version__
+from cg_optim.discovery import Discovery, find_lora_pairs
+from cg_optim.optimizer import CGLoRAOptimizer
+from cg_optim.pairs import LoRAPair
+
+__all__ = [
+    "CGLoRAOptimizer",
+    "Discovery",
+    "LoRAPair",
+    "__version__",
+    "errors",
+    "find_lora_pairs",
+]

@@ -1,0 +1,166 @@
+"""Checks of everything a user hands to the constructor, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cg_optim.discovery import Discovery, find_lora_pairs
+from cg_optim.errors import HyperparameterError, ParameterError
+from cg_optim.pairs import LoRAPair, check_unique
+
+Group = dict[str, Any]
+
+
+def check_group(group: Group) -> None:
+    """Check the hyper-parameters of one group (or the defaults).
+
+    Raises:
+        HyperparameterError: If a value is out of range.
+    """
+    _check_lr(group["lr"])
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise HyperparameterError(f"betas is {betas!r}; expected two numbers, e.g. (0.9, 0.999)")
+    for index, beta in enumerate(betas):
+        if not _is_number(beta) or not 0.0 <= beta < 1.0:
+            raise HyperparameterError(f"betas[{index}] is {beta!r}; expected 0 <= beta < 1")
+    for name in ("eps", "weight_decay"):
+        if not _is_number(group[name]) or not 0.0 <= group[name] < math.inf:
+            raise HyperparameterError(f"{name} is {group[name]!r}; expected a number >= 0")
+    damping = group["damping"]
+    if not _is_number(damping) or not 0.0 < damping < math.inf:
+        raise HyperparameterError(
+            f"damping is {damping!r}; expected a number > 0 (relative, 0.1 is the default)"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_lr(lr: object) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise HyperparameterError(
+                f"lr is a tensor of shape {tuple(lr.shape)}; expected one element"
+            )
+        lr = lr.item()
+    if not _is_number(lr) or not 0.0 <= lr < math.inf:  # type: ignore[operator]
+        raise HyperparameterError(f"lr is {lr!r}; expected a finite number >= 0")
+
+
+def check_curvature(curvature: object) -> None:
+    """Check the ``curvature`` argument.
+
+    Raises:
+        HyperparameterError: If it is none of ``"auto"``, ``"dense"``, ``None`` and a
+            positive integer.
+    """
+    if curvature is None or curvature in ("auto", "dense"):
+        return
+    if isinstance(curvature, int) and not isinstance(curvature, bool) and curvature > 0:
+        return
+    raise HyperparameterError(
+        f"curvature is {curvature!r}; expected 'auto', 'dense', None or a positive integer"
+    )
+
+
+def as_groups(params: Any) -> list[Group]:
+    """Bring parameters, named parameters or groups into a list of groups without empty ones.
+
+    An empty *group* is dropped, because Trainer passes one for LoRA models.
+
+    Raises:
+        ParameterError: If ``params`` is a single tensor or is not iterable.
+    """
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise ParameterError(
+            f"got a {type(params).__name__}; expected a module, parameters, named parameters or "
+            "parameter groups (wrap a single tensor in a list)"
+        )
+    entries = list(params)
+    if not entries or not isinstance(entries[0], dict):
+        return [{"params": entries}] if entries else []
+    groups = []
+    for group in entries:
+        listed = as_list(group)
+        if listed["params"]:
+            groups.append(listed)
+    return groups
+
+
+def as_list(group: Any) -> Group:
+    """Copy a group with its parameters as a list.
+
+    Raises:
+        ParameterError: If it is not a dict with ``"params"``.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise ParameterError(f"a parameter group must be a dict with 'params', got {group!r}")
+    params = group["params"]
+    return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+
+
+def tensors_of(group: Group) -> list[Tensor]:
+    """The parameters of a group, which may hold ``(name, parameter)`` tuples."""
+    return [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+
+
+def check_parameters(groups: Sequence[Group], known: Iterable[Tensor] = ()) -> None:
+    """Check the parameters of new groups against each other and those already known.
+
+    Raises:
+        ParameterError: If something is not a leaf tensor, is complex, or comes twice.
+    """
+    seen = {id(parameter) for parameter in known}
+    for group_index, group in enumerate(groups):
+        for index, parameter in enumerate(tensors_of(group)):
+            where = f"parameter {index} of group {group_index}"
+            if not isinstance(parameter, Tensor):
+                raise ParameterError(f"{where} is a {type(parameter).__name__}, not a tensor")
+            where += f" (shape {tuple(parameter.shape)})"
+            if parameter.is_complex():
+                raise ParameterError(
+                    f"{where} has dtype {parameter.dtype}; complex is not supported"
+                )
+            if id(parameter) in seen:
+                raise ParameterError(f"{where} is given twice; list each parameter once")
+            seen.add(id(parameter))
+
+
+def check_not_empty(groups: Sequence[Group], model: nn.Module | None) -> None:
+    """Refuse to optimise nothing.
+
+    Raises:
+        ParameterError: If no group holds a parameter.
+    """
+    if any(group["params"] for group in groups):
+        return
+    reason = (
+        "every parameter of the model is frozen; unfreeze the adapter (requires_grad_(True))"
+        if model is not None
+        else "no parameters were given"
+    )
+    raise ParameterError(f"there is nothing to optimise: {reason}")
+
+
+def discover(model: nn.Module | None, declared: Sequence[LoRAPair]) -> Discovery:
+    """Declared pairs first, then the model's own that do not overlap with them.
+
+    Raises:
+        AdapterError: If the model's adapters are frozen, merged or disabled.
+        PairError: If declared pairs overlap.
+    """
+    check_unique(list(declared))
+    if model is None:
+        return Discovery(tuple(declared), {})
+    found = find_lora_pairs(model)
+    taken = {id(p) for pair in declared for p in (pair.A, pair.B)}
+    others = [p for p in found.pairs if id(p.A) not in taken and id(p.B) not in taken]
+    pairs = (*declared, *others)
+    check_unique(list(pairs))
+    return Discovery(pairs, found.left_out)

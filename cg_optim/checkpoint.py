@@ -1,0 +1,76 @@
+"""Checks a state dict against an optimizer before anything of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cg_optim.errors import StateError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    expected: Mapping[int, Shapes],
+) -> None:
+    """Refuse a state dict that is damaged or belongs to another model.
+
+    Args:
+        state_dict: What ``Optimizer.state_dict`` returned once.
+        groups: The optimizer's own parameter groups.
+        expected: Names and shapes of the state of each parameter, by its index.
+
+    Raises:
+        StateError: With what differs; nothing has been changed then.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise StateError(
+            "not an optimizer state dict: expected the keys 'state' and 'param_groups'"
+        )
+    saved_groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(saved_groups, Sequence) or not isinstance(state, Mapping):
+        raise StateError("the state dict is damaged: 'state' or 'param_groups' has the wrong type")
+    sizes = [len(group["params"]) for group in groups]
+    try:
+        saved_ids = [list(group["params"]) for group in saved_groups]
+    except (TypeError, KeyError) as error:
+        raise StateError("the state dict is damaged: a parameter group has no 'params'") from error
+    if [len(ids) for ids in saved_ids] != sizes:
+        raise StateError(
+            f"the state dict has parameter groups of {[len(ids) for ids in saved_ids]} parameters, "
+            f"this optimizer of {sizes}; build it for the same model and in the same way"
+        )
+    required = {"lr", "betas", "eps", "weight_decay", "damping"}
+    for index, group in enumerate(saved_groups):
+        if missing := required - set(group):
+            raise StateError(
+                f"parameter group {index} of the state dict lacks {sorted(missing)}; "
+                "it was not saved by CGLoRAOptimizer"
+            )
+    position = {saved: i for i, saved in enumerate(i for ids in saved_ids for i in ids)}
+    for saved, values in state.items():
+        if saved not in position:
+            raise StateError(f"the state dict has state for an unknown parameter {saved!r}")
+        _check_one(position[saved], values, expected.get(position[saved], {}))
+
+
+def _check_one(index: int, values: Any, expected: Shapes) -> None:
+    if not isinstance(values, Mapping):
+        raise StateError(f"state of parameter {index} is a {type(values).__name__}, not a dict")
+    if set(values) != set(expected):
+        raise StateError(
+            f"state of parameter {index} has {sorted(map(str, values))}, expected "
+            f"{sorted(expected)}; was it saved with another `curvature`, or another optimizer?"
+        )
+    for name, shape in expected.items():
+        value = values[name]
+        if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise StateError(
+                f"{name} of parameter {index} has shape {got}, expected {tuple(shape)}; "
+                "the state belongs to another model or another `curvature`"
+            )

@@ -1,0 +1,53 @@
+"""Every exception and warning this package raises.
+
+Each message prints the offending value and says what to change.  All errors
+derive from :class:`CGOptimError`, so ``except CGOptimError`` catches exactly what
+this package decided to refuse; each also derives from the builtin that
+``torch.optim`` would raise in its place, so existing handlers keep working.
+"""
+
+from __future__ import annotations
+
+
+class CGOptimError(Exception):
+    """Base class of all errors raised by :mod:`cg_optim`."""
+
+
+class HyperparameterError(CGOptimError, ValueError):
+    """A hyper-parameter is outside the range in which it means something."""
+
+
+class PairError(CGOptimError, ValueError):
+    """Two matrices declared as a LoRA pair cannot be one (shapes, dtype, identity)."""
+
+
+class AdapterError(CGOptimError, ValueError):
+    """The model's adapters cannot be trained as they are (frozen, merged, disabled)."""
+
+
+class ParameterError(CGOptimError, ValueError):
+    """The parameters handed over cannot be optimised (none at all, duplicates, complex)."""
+
+
+class GradientError(CGOptimError, RuntimeError):
+    """A gradient has a layout or dtype the optimizer cannot use (sparse, complex)."""
+
+
+class StateError(CGOptimError, ValueError):
+    """A state dict does not belong to this optimizer and model."""
+
+
+class CGOptimWarning(UserWarning):
+    """Base class of all warnings issued by :mod:`cg_optim`."""
+
+
+class NoPairsWarning(CGOptimWarning):
+    """No LoRA pair is known, so the optimizer works as plain AdamW."""
+
+
+class UnobservedPairWarning(CGOptimWarning):
+    """A pair gets gradients but its curvature hooks do not fire."""
+
+
+class NumericalWarning(CGOptimWarning):
+    """A numerical failure was absorbed; see ``optimizer.diagnostics()`` for counts."""

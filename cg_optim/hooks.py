@@ -1,0 +1,270 @@
+"""Forward and backward hooks that show the optimizer each layer's inputs.
+
+For every observed pair the hooks see two tensors: the input ``x`` of its
+``input_module`` and the gradient of the output of its ``output_module``.  The way
+of the data::
+
+    forward   x enters input_module        -> kept until the pair's output is known
+              output leaves output_module  -> a Capture saves x, the output gets a tensor hook
+    backward  gradient of that output      -> rows without gradient are masked out,
+              last consumer of x done      -> ``consume(x, row_mask, pair_indices)``
+
+Three rules come from how autograd is used in practice:
+
+* Everything is accumulated in *backward*: reentrant checkpointing runs the forward
+  twice (once without grad), non-reentrant twice with grad but fires one backward.
+* ``x`` is kept by ``save_for_backward`` of a side node, never by a closure, so that
+  activation checkpointing still frees it.  The model's own tensors are left alone
+  (no view, no in-place restriction, bitwise the same forward).
+* Pairs that receive the very same tensor (q, k and v) share one capture.  A row
+  counts as soon as one of them has a gradient there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cg_optim.pairs import LoRAPair
+
+#: Receives ``x`` as ``(rows, n)``, a boolean ``(rows,)`` mask (True where a gradient
+#: arrived) and the indices of the pairs that consumed ``x``.
+Consumer = Callable[[Tensor, Tensor, tuple[int, ...]], None]
+
+
+class _Save(torch.autograd.Function):
+    """A node whose only purpose is to keep a tensor the way autograd keeps activations."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _Capture:
+    """One input tensor in one forward pass and the pairs that consume it."""
+
+    __slots__ = ("__weakref__", "_mask", "_node", "_waiting", "_x", "pair_indices")
+
+    def __init__(self, x: Tensor) -> None:
+        anchor = torch.empty(0, requires_grad=True)
+        self._node: Any = _Save.apply(anchor, x.detach()).grad_fn
+        self._x: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._waiting = 0
+        self.pair_indices: list[int] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether a gradient arrived that was not handed over yet."""
+        return self._x is not None
+
+    def accepts(self, pair_index: int) -> bool:
+        """A pair joins once per forward; a second use of the same input counts anew."""
+        untouched = self._x is None and self._node is not None
+        return untouched and pair_index not in self.pair_indices
+
+    def add_pair(self, pair_index: int) -> None:
+        self.pair_indices.append(pair_index)
+        self._waiting += 1
+
+    def gradient_arrived(self, grad_out: Tensor) -> bool:
+        """Note the rows of ``(..., m)`` that have a gradient; True when no pair is missing."""
+        if self._x is None:
+            if self._node is None:  # a second backward through a retained graph
+                return False
+            # Reading saved tensors is what triggers recomputation under checkpointing.
+            (self._x,) = self._node.saved_tensors
+        has_gradient = grad_out.detach().flatten(0, -2).abs().amax(-1) != 0
+        self._mask = has_gradient if self._mask is None else self._mask | has_gradient
+        self._waiting -= 1
+        return self._waiting == 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The rows ``(rows, n)`` and their mask ``(rows,)``, released for good.
+
+        Without the release every input would stay alive until the caller drops the
+        loss, that is, through the whole next forward pass.
+        """
+        assert self._x is not None and self._mask is not None
+        rows, mask = self._x.flatten(0, -2), self._mask
+        self._x = self._mask = self._node = None
+        return rows, mask
+
+
+class _TensorHook:
+    """Runs when the gradient of one pair's output is known."""
+
+    __slots__ = ("_capture", "_observer")
+
+    def __init__(self, observer: CurvatureObserver, capture: _Capture) -> None:
+        self._observer = weakref.ref(observer)
+        self._capture = capture
+
+    def __call__(self, grad_out: Tensor) -> None:
+        observer = self._observer()
+        if observer is not None and observer.active:
+            observer._on_gradient(self._capture, grad_out)
+
+
+class _ModuleHook:
+    """A module hook that survives ``copy.deepcopy`` and pickling of the model as a no-op.
+
+    A copied model must not report to the original's observer, nor fail because that
+    observer is gone, so a copy holds a dead reference.
+    """
+
+    def __init__(self, observer: CurvatureObserver | None, method: str, module_id: int) -> None:
+        self._observer = weakref.ref(observer) if observer is not None else None
+        self._method = method
+        self._module_id = module_id
+
+    def __reduce__(self) -> tuple[type[_ModuleHook], tuple[None, str, int]]:
+        return _ModuleHook, (None, self._method, self._module_id)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        observer = self._observer() if self._observer is not None else None
+        if observer is not None and observer.collecting and torch.is_grad_enabled():
+            getattr(observer, self._method)(self._module_id, *arguments)
+
+
+class CurvatureObserver:
+    """Watches the modules of observed pairs and feeds a consumer in backward.
+
+    Args:
+        pairs: All pairs of the optimizer; unobserved ones are ignored.
+        consumer: Called once per captured input after the last gradient arrived.
+
+    Attributes:
+        collecting: Switch; while False the hooks do nothing.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], consumer: Consumer) -> None:
+        self.collecting = True
+        self._consumer = consumer
+        self._features = {i: p.in_features for i, p in enumerate(pairs)}
+        self._handles: list[RemovableHandle] = []
+        self._pairs_by_input: dict[int, list[int]] = {}
+        self._pairs_by_output: dict[int, list[int]] = {}
+        self._input_of = {i: id(p.input_module) for i, p in enumerate(pairs) if p.observed}
+        self._inputs: dict[int, Tensor] = {}
+        self._captures: dict[int, tuple[weakref.ref[Tensor], int, weakref.ref[_Capture]]] = {}
+        self._pending: dict[int, _Capture] = {}
+        self._register(pairs)
+
+    def _register(self, pairs: Sequence[LoRAPair]) -> None:
+        inputs: dict[int, nn.Module] = {}
+        outputs: dict[int, nn.Module] = {}
+        for index, pair in enumerate(pairs):
+            if pair.input_module is None or pair.output_module is None:
+                continue
+            inputs[id(pair.input_module)] = pair.input_module
+            outputs[id(pair.output_module)] = pair.output_module
+            self._pairs_by_input.setdefault(id(pair.input_module), []).append(index)
+            self._pairs_by_output.setdefault(id(pair.output_module), []).append(index)
+        for module_id, module in inputs.items():
+            enter = _ModuleHook(self, "_on_enter", module_id)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        for module_id, module in outputs.items():
+            leave = _ModuleHook(self, "_on_output", module_id)
+            self._handles.append(module.register_forward_hook(leave))
+        for module_id, module in inputs.items():
+            forget = _ModuleHook(self, "_on_exit", module_id)
+            # always_call: an exception in the forward must not leave an activation pinned.
+            self._handles.append(module.register_forward_hook(forget, always_call=True))
+
+    @property
+    def active(self) -> bool:
+        """Whether hooks are registered."""
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        """Remove every hook and drop what was captured; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget captures that wait for gradients (they stay inert if those arrive later)."""
+        self._inputs.clear()
+        self._captures.clear()
+        self._pending.clear()
+
+    def flush(self) -> None:
+        """Hand over inputs of which only some consumers got a gradient."""
+        for capture in list(self._pending.values()):
+            self._hand_over(capture)
+        self._captures.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Collect nothing inside the block."""
+        before, self.collecting = self.collecting, False
+        try:
+            yield
+        finally:
+            self.collecting = before
+
+    # ------------------------------------------------------------------ forward
+
+    def _on_enter(self, module_id: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        n = self._features[self._pairs_by_input[module_id][0]]
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
+                if value.shape[-1] == n:
+                    self._inputs[module_id] = value
+                return
+
+    def _on_exit(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
+        self._inputs.pop(module_id, None)
+
+    def _on_output(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad or output.ndim == 0:
+            return
+        for index in self._pairs_by_output[module_id]:
+            x = self._inputs.get(self._input_of[index])
+            if x is None or x.shape[:-1] != output.shape[:-1]:
+                continue
+            capture = self._capture_of(x, index)
+            capture.add_pair(index)
+            output.register_hook(_TensorHook(self, capture))
+
+    def _capture_of(self, x: Tensor, pair_index: int) -> _Capture:
+        known = self._captures.get(id(x))
+        if known is not None:
+            tensor, version, reference = known
+            capture = reference()
+            # An id can be reused and a tensor can be written to; both make it another input.
+            if tensor() is x and version == x._version and capture is not None:
+                if capture.accepts(pair_index):
+                    return capture
+        capture = _Capture(x)
+        self._captures[id(x)] = (weakref.ref(x), x._version, weakref.ref(capture))
+        return capture
+
+    # ----------------------------------------------------------------- backward
+
+    def _on_gradient(self, capture: _Capture, grad_out: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
+            complete = capture.gradient_arrived(grad_out)
+            if complete:
+                self._hand_over(capture)
+            elif capture.started:
+                self._pending[id(capture)] = capture
+
+    def _hand_over(self, capture: _Capture) -> None:
+        self._pending.pop(id(capture), None)
+        rows, mask = capture.take()
+        self._consumer(rows, mask, tuple(capture.pair_indices))

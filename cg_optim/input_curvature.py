@@ -1,0 +1,245 @@
+"""Running estimates of the input curvature ``X = E[x x^T]`` of one distinct layer input.
+
+Two representations share one interface:
+
+* :class:`DenseCurvature` keeps the whole ``(n, n)`` matrix: exact, for small ``n``.
+* :class:`LowRankCurvature` keeps ``U diag(eigenvalues) U^T + tail (I - U U^T)``: ``k``
+  directions and an isotropic tail, ``n k`` floats.  The directions follow the data by one step of block power iteration per
+  update with a Nystrom approximation (Tropp et al. 2017, arXiv:1706.05736, Alg. 3).
+
+Statistics are sums over rows, so splitting a batch into micro-batches changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import Tensor
+
+from cg_optim.damped import DampedGram, DampedInput, DampedSpectrum
+from cg_optim.linalg import damped_cholesky
+
+#: Directions kept of larger inputs.
+DEFAULT_RANK = 32
+#: Relative damping of the k x k Nystrom core, far below any damping of the step.
+CORE_DAMPING = 1e-6
+
+
+class InputCurvature:
+    """Base class: one distinct layer input, its running estimate and this step's sums.
+
+    Args:
+        features: Input size ``n``.
+        like: Tensor whose device is used; statistics are float32, or float64 if it is.
+    """
+
+    #: Names of the tensors that make up the running estimate, saved with the optimizer.
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, features: int, like: Tensor) -> None:
+        self.features = features
+        self.device = like.device
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        #: Number of updates so far; a CPU tensor, so reading it never waits for a GPU.
+        self.updates = torch.zeros((), dtype=torch.int64)
+        self.trace = self._zeros()
+        self._rows = self._zeros()
+        self._square_sum = self._zeros()
+        self._damped: dict[float, DampedInput] = {}
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def accumulate(self, rows: Tensor, mask: Tensor) -> None:
+        """Add the rows ``(N, n)`` whose mask ``(N,)`` is True to this step's sums."""
+        # where, not a product: a masked row may hold NaN.
+        x = torch.where(mask.unsqueeze(-1), rows, torch.zeros_like(rows)).to(self.dtype)
+        self._rows += mask.sum()
+        self._square_sum += x.square().sum()
+        self._accumulate(x)
+
+    def update(self, decay: float) -> bool:
+        """Fold this step's sums into the running mean; False if they were unusable.
+
+        The mean is bias-corrected: the ``t``-th update weighs the new rows
+        ``(1 - decay) / (1 - decay^t)``.
+        """
+        empty = not bool(self._rows > 0)
+        finite = bool(torch.isfinite(self._square_sum))
+        if finite and not empty:
+            self.updates += 1
+            new = (1.0 - decay) / (1.0 - decay ** int(self.updates))
+            self.trace.mul_(1.0 - new).add_(self._square_sum / self._rows, alpha=new)
+            self._update(new)
+            self._damped.clear()
+        self.discard()
+        return finite
+
+    def discard(self) -> None:
+        """Drop this step's sums."""
+        self._rows.zero_()
+        self._square_sum.zero_()
+        self._discard()
+
+    def damped(self, damping: float) -> DampedInput | None:
+        """The estimate with relative damping; None before the first update."""
+        if int(self.updates) == 0:
+            return None
+        if damping not in self._damped:
+            self._damped[damping] = self._compute_damped(self.trace / self.features, damping)
+        return self._damped[damping]
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that make up the estimate; everything else follows from them."""
+        names = (*self.state_names, "trace", "updates")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copy what :meth:`state` returned into this estimate, bit for bit."""
+        for name, mine in self.state().items():
+            mine.copy_(tensors[name])
+        self._damped.clear()
+        self.discard()
+
+    def clone(self) -> InputCurvature:
+        """An independent copy, this step's sums included."""
+        return copy.deepcopy(self)
+
+    # What a representation provides.
+    def _accumulate(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+    def _update(self, new: float) -> None:
+        raise NotImplementedError
+
+    def _discard(self) -> None:
+        raise NotImplementedError
+
+    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
+        raise NotImplementedError
+
+
+class DenseCurvature(InputCurvature):
+    """The full ``(n, n)`` matrix."""
+
+    state_names = ("gram",)
+
+    def __init__(self, features: int, like: Tensor) -> None:
+        super().__init__(features, like)
+        self.gram = self._zeros(features, features)
+        self._gram_sum = self._zeros(features, features)
+
+    def _accumulate(self, x: Tensor) -> None:
+        self._gram_sum.addmm_(x.mT, x)
+
+    def _update(self, new: float) -> None:
+        self.gram.mul_(1.0 - new).add_(self._gram_sum / self._rows, alpha=new)
+
+    def _discard(self) -> None:
+        self._gram_sum.zero_()
+
+    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
+        return DampedGram.from_gram(self.gram, mean, damping)
+
+
+class LowRankCurvature(InputCurvature):
+    """``k`` directions with their eigenvalues and an isotropic tail.
+
+    Args:
+        features: Input size ``n``.
+        like: See :class:`InputCurvature`.
+        rank: Number of directions ``k``, less than ``n``.
+    """
+
+    state_names = ("basis", "eigenvalues")
+
+    def __init__(self, features: int, like: Tensor, rank: int = DEFAULT_RANK) -> None:
+        super().__init__(features, like)
+        self.rank = rank
+        self.basis = _random_basis(features, rank).to(self.device, self.dtype, copy=True)
+        self.eigenvalues = self._zeros(rank)
+        self._sketch = self._zeros(features, rank)
+
+    def _accumulate(self, x: Tensor) -> None:
+        self._sketch.addmm_(x.mT, x @ self.basis)
+
+    def _update(self, new: float) -> None:
+        sketch = (1.0 - new) * self.basis * self.eigenvalues + new * self._sketch / self._rows
+        basis, eigenvalues = nystrom_eigenpairs(self.basis, sketch)
+        # In place: the saved state refers to these very tensors.
+        self.basis.copy_(basis)
+        self.eigenvalues.copy_(eigenvalues)
+
+    def _discard(self) -> None:
+        self._sketch.zero_()
+
+    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
+        rest = (self.trace - self.eigenvalues.sum()).clamp_min(0)
+        tail = rest / (self.features - self.rank)
+        return DampedSpectrum.from_spectrum(self.basis, self.eigenvalues, tail, mean, damping)
+
+
+def nystrom_eigenpairs(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of a PSD matrix ``X`` known through ``Y = X U``.
+
+    Args:
+        basis: ``U`` with orthonormal columns, ``(n, k)``.
+        sketch: ``Y = X U``, ``(n, k)``.
+
+    Returns:
+        Orthonormal ``(n, k)`` vectors and ``(k,)`` eigenvalues, ascending and not
+        negative, of the Nystrom approximation ``Y (U^T Y)^-1 Y^T``.
+    """
+    core = basis.mT @ sketch
+    factor = damped_cholesky(core, CORE_DAMPING).factor
+    q, r = torch.linalg.qr(sketch)
+    # X ~ F F^T with F = Y L^-T = Q M, so the eigenpairs of the small M M^T suffice.
+    m = torch.linalg.solve_triangular(factor, r.mT, upper=False).mT
+    eigenvalues, rotation = torch.linalg.eigh(m @ m.mT)
+    return q @ rotation, eigenvalues.clamp_min(0)
+
+
+def directions(features: int, representation: str | int) -> int | None:
+    """How many directions to keep of an input of size ``features``; None keeps all (dense).
+
+    Args:
+        features: Input size ``n``.
+        representation: ``"auto"``, ``"dense"``, or the number of directions.
+    """
+    if representation == "dense":
+        return None
+    rank = DEFAULT_RANK if representation == "auto" else int(representation)
+    # Below this size the low-rank form holds about as many numbers as the matrix itself.
+    return rank if features > 2 * rank else None
+
+
+def new_input_curvature(features: int, like: Tensor, representation: str | int) -> InputCurvature:
+    """An empty estimate; see :func:`directions` for the choice of representation."""
+    rank = directions(features, representation)
+    if rank is None:
+        return DenseCurvature(features, like)
+    return LowRankCurvature(features, like, rank)
+
+
+def state_shapes(features: int, representation: str | int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what :meth:`InputCurvature.state` returns."""
+    rank = directions(features, representation)
+    shapes: dict[str, tuple[int, ...]] = {"trace": (), "updates": ()}
+    if rank is None:
+        return {"gram": (features, features), **shapes}
+    return {"basis": (features, rank), "eigenvalues": (rank,), **shapes}
+
+
+@functools.cache
+def _random_basis(features: int, rank: int) -> Tensor:
+    """Orthonormal ``(features, rank)`` start of the power iteration.
+
+    The seed is fixed: distributed ranks and repeated runs start alike, and the global
+    random state is left alone.
+    """
+    generator = torch.Generator().manual_seed(features)
+    start = torch.randn(features, rank, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(start).Q
+    return basis.contiguous()

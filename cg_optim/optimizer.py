@@ -1,0 +1,424 @@
+"""The optimizer: parameter groups, hooks, curvature and the step, put together.
+
+The way of one training step::
+
+    forward/backward   hooks.CurvatureObserver  -> curvature_store.CurvatureStore
+    step()             1. gradients are checked; nothing has changed yet
+                       2. the curvature collected since the last step is folded in
+                       3. pairs with gradients:     pair_step.step_pairs -> rule
+                       4. all other parameters:     torch.optim's AdamW
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from cg_optim import arguments, checkpoint
+from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
+from cg_optim.discovery import Discovery
+from cg_optim.errors import GradientError, NoPairsWarning, UnobservedPairWarning
+from cg_optim.hooks import CurvatureObserver
+from cg_optim.pair_step import FactorWork, PairWork, step_pairs
+from cg_optim.pairs import LoRAPair
+from cg_optim.rule import AdamSettings, Moments
+from cg_optim.summary import render_summary
+
+Group = dict[str, Any]
+
+
+class CGLoRAOptimizer(Optimizer):
+    r"""Curvature-guided optimizer for LoRA, a drop-in replacement for ``torch.optim.AdamW``.
+
+    LoRA pairs are found in the model and stepped by Adam in coordinates in which the
+    inputs of their layers are white; see :mod:`cg_optim.rule` for the equations.  The
+    input curvature ``E[x x^T]`` is collected by hooks during ordinary backward passes.
+    Every other trainable parameter gets exactly ``torch.optim.AdamW``.
+
+    >>> optimizer = CGLoRAOptimizer(model, lr=1e-3)  # instead of AdamW(model.parameters())
+    >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Build it before ``torch.compile`` compiles the model: hooks registered later never
+    run.  The hooks stay on the model until :meth:`remove_hooks`, or leave the ``with``
+    block when the optimizer is used as a context manager.
+
+    Args:
+        model_or_params: A module (all its trainable parameters), or parameters, named
+            parameters or parameter groups as for any ``torch.optim`` optimizer.
+        lr: Learning rate; take what AdamW would get.  A float or a one-element tensor.
+        model: The module in which to look for LoRA pairs when the first argument is
+            not a module.
+        pairs: Pairs declared by hand, in addition to those found; they take
+            precedence.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay, as in AdamW, for all parameters.
+        damping: Damping of the input curvature relative to its mean eigenvalue.
+            Larger is closer to AdamW.
+        curvature: ``"auto"`` keeps the leading directions of large inputs and the whole
+            matrix of small ones; ``"dense"`` always the whole matrix; an integer that
+            many directions; ``None`` no curvature at all, which is AdamW for everything.
+
+    Raises:
+        HyperparameterError: If a number is out of range.
+        ParameterError: If there is nothing to optimise, or a parameter comes twice, is
+            complex, or is not a tensor.
+        AdapterError: If the model's adapters are frozen, merged or disabled.
+        PairError: If a pair is malformed or two pairs share a parameter.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        model: nn.Module | None = None,
+        pairs: Iterable[LoRAPair] = (),
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        damping: float = 0.1,
+        curvature: str | int | None = "auto",
+    ) -> None:
+        arguments.check_curvature(curvature)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "damping": damping,
+        }
+        arguments.check_group(defaults)
+        if isinstance(model_or_params, nn.Module):
+            model = model_or_params
+            groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        else:
+            groups = arguments.as_groups(model_or_params)
+        arguments.check_parameters(groups)
+        declared = tuple(pairs)
+        found = arguments.discover(model, declared) if curvature is not None else Discovery((), {})
+        arguments.check_not_empty(groups, model)
+
+        self._model = model
+        self._declared = declared
+        self._representation = curvature
+        self._left_out = dict(found.left_out)
+        self._pairs: list[LoRAPair] = []
+        self._events: Counter[str] = Counter()
+        # Counted on the device: reading it each step would wait for a GPU.
+        self._skipped_pairs: dict[torch.device, Tensor] = {}
+        self._observer: CurvatureObserver | None = None
+        self._store = CurvatureStore(self._pairs, curvature or "auto")
+        self._warned_unobserved = False
+        super().__init__(groups, defaults)
+        self._adopt(found)
+        if model is None and not declared and curvature is not None:
+            warnings.warn(
+                "parameters were given without a model, so no LoRA pair is known and every "
+                "parameter gets AdamW; pass the model itself, or model=model",
+                NoPairsWarning,
+                stacklevel=2,
+            )
+        elif not self._pairs and curvature is not None:
+            warnings.warn(
+                "no LoRA pair was found among the trainable parameters, so every parameter gets "
+                "AdamW; declare pairs by hand with pairs=[LoRAPair(...)] if there are any",
+                NoPairsWarning,
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------- parameters and pairs
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group; LoRA pairs completed by it are found in the model.
+
+        An empty group is ignored.
+
+        Raises:
+            HyperparameterError: If a number of the group is out of range.
+            ParameterError: If a parameter is unusable or already known.
+        """
+        group = arguments.as_list(param_group)
+        if not group["params"]:
+            return
+        arguments.check_group({**self.defaults, **group})
+        arguments.check_parameters([group], known=self._parameters())
+        constructed = bool(self.param_groups)
+        super().add_param_group(group)
+        group["steps_taken"] = self.param_groups[0].get("steps_taken", 0)
+        if constructed and hasattr(self, "_ready"):
+            self._adopt(arguments.discover(self._model, self._declared))
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _adopt(self, found: Discovery) -> None:
+        """Take over the pairs whose two factors are both among the parameters."""
+        mine = {id(p) for p in self._parameters()}
+        known = {id(pair.A) for pair in self._pairs}
+        for pair in found.pairs:
+            if id(pair.A) in known:
+                continue
+            missing = [x for x, p in (("A", pair.A), ("B", pair.B)) if id(p) not in mine]
+            strided = any(p.ndim > 2 and not p.is_contiguous() for p in (pair.A, pair.B))
+            if not missing and not strided:
+                self._pairs.append(pair)
+            elif len(missing) < 2:
+                reason = "not contiguous" if strided else f"{missing[0]} is not being optimised"
+                self._left_out[pair.name] = reason
+        if self._observer is not None:
+            self._observer.remove()
+        if self._pairs:
+            self._observer = CurvatureObserver(self._pairs, self._store.consume)
+        self._ready = True
+
+    def remove_hooks(self) -> None:
+        """Take every hook off the model; training can go on with the last curvature."""
+        if self._observer is not None:
+            self._observer.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove_hooks()
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients now in ``.grad``.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; run with grad enabled.
+
+        Raises:
+            GradientError: If a gradient is sparse or complex; nothing was changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        self._fold_in_curvature()
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        work = [
+            self._pair_work(index, pair, group_of)
+            for index, pair in enumerate(self._pairs)
+            if pair.A.grad is not None or pair.B.grad is not None
+        ]
+        for skipped in step_pairs(work):
+            count = self._skipped_pairs.get(skipped.device, 0)
+            self._skipped_pairs[skipped.device] = count + skipped.sum()
+        self._step_others()
+        self._count_step()
+        return loss
+
+    def _check_gradients(self) -> None:
+        for index, parameter in enumerate(self._parameters()):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise GradientError(
+                    f"parameter {index} (shape {tuple(parameter.shape)}) has a sparse gradient; "
+                    "use dense gradients (sparse=False in the embedding) or SparseAdam for it"
+                )
+            if grad.is_complex():
+                raise GradientError(f"parameter {index} has a complex gradient ({grad.dtype})")
+
+    def _fold_in_curvature(self) -> None:
+        if self._observer is None or not self._observer.active or not self._observer.collecting:
+            return
+        self._observer.flush()
+        self._warn_if_unobserved()
+        failures = self._store.update()
+        self._events["curvature update dropped"] += failures
+
+    def _warn_if_unobserved(self) -> None:
+        silent = [
+            pair.name
+            for index, pair in enumerate(self._pairs)
+            if pair.observed and index not in self._store.seen and pair.B.grad is not None
+        ]
+        if silent and not self._warned_unobserved and self._steps_taken() > 0:
+            self._warned_unobserved = True
+            warnings.warn(
+                f"{len(silent)} LoRA pair(s) get gradients but their hooks see nothing, e.g. "
+                f"{silent[0]!r}: a fused kernel or a model compiled before the optimizer was "
+                "built bypasses the module; they are stepped without input curvature",
+                UnobservedPairWarning,
+                stacklevel=4,
+            )
+
+    def _pair_work(self, index: int, pair: LoRAPair, group_of: dict[int, Group]) -> PairWork:
+        state_a, state_b = self._factor_state(pair.A), self._factor_state(pair.B)
+        if pair.observed:
+            # The store may have replaced a shared curvature by a copy.
+            state_a.update(self._store.state(index))
+        group_a, group_b = group_of[id(pair.A)], group_of[id(pair.B)]
+        values = pair.as_matrices(pair.A, pair.B)
+        means = pair.as_matrices(state_a["exp_avg"], state_b["exp_avg"])
+        squares = pair.as_matrices(state_a["exp_avg_sq"], state_b["exp_avg_sq"])
+        no_grad = (torch.empty(0, 0), torch.empty(0, 0))
+        grads = pair.as_matrices(
+            no_grad[0] if pair.A.grad is None else pair.A.grad,
+            no_grad[1] if pair.B.grad is None else pair.B.grad,
+        )
+
+        def factor(which: int, parameter: Tensor, group: Group, state: Group) -> FactorWork:
+            return FactorWork(
+                values[which],
+                None if parameter.grad is None else grads[which],
+                Moments(state["step"], means[which], squares[which]),
+                group["lr"],
+                group["weight_decay"],
+                AdamSettings(group["betas"][0], group["betas"][1], group["eps"]),
+            )
+
+        return PairWork(
+            factor(0, pair.A, group_a, state_a),
+            factor(1, pair.B, group_b, state_b),
+            self._store.damped(index, group_a["damping"]),
+        )
+
+    def _factor_state(self, parameter: Tensor) -> Group:
+        state: Group = self.state[parameter]
+        if not state:
+            # At least float32: the moments of bf16 adapters would lose small gradients.
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        return state
+
+    def _step_others(self) -> None:
+        """torch.optim's own AdamW for everything that is in no pair."""
+        paired = {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and id(p) not in paired]
+            finite = [p for p in params if bool(torch.isfinite(p.grad).all())]
+            self._events["parameter skipped"] += len(params) - len(finite)
+            if not finite:
+                continue
+            for parameter in finite:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            states = [self.state[p] for p in finite]
+            adamw(
+                finite,
+                [p.grad for p in finite],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                # torch refuses a tensor lr in the multi-tensor version.
+                foreach=False if isinstance(group["lr"], Tensor) else None,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _steps_taken(self) -> int:
+        return int(self.param_groups[0].get("steps_taken", 0))
+
+    def _count_step(self) -> None:
+        taken = self._steps_taken() + 1
+        for group in self.param_groups:
+            group["steps_taken"] = taken
+        self._schedule_collection()
+
+    def _schedule_collection(self) -> None:
+        if self._observer is not None:
+            self._observer.collecting = collects_at(self._steps_taken())
+
+    # ------------------------------------------------------------- save and resume
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Group) -> None:
+        """Restore what ``state_dict()`` returned, bit for bit and in its own precision.
+
+        Raises:
+            StateError: If the state is damaged or belongs to another model; the
+                optimizer is unchanged then.
+        """
+        checkpoint.check(state_dict, self.param_groups, self._expected_state())
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, which would round the float32
+        # state of bf16 adapters; put back the saved values.
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = {
+            id(p): state_dict["state"].get(i, {})
+            for i, p in zip(indices, self._parameters(), strict=True)
+        }
+        for pair in self._pairs:
+            for parameter in (pair.A, pair.B):
+                for name, value in saved[id(parameter)].items():
+                    if not name.startswith(STATE_PREFIX):
+                        mine = self._factor_state(parameter)[name]
+                        restored = value.detach().to(mine.device, copy=True)
+                        self.state[parameter][name] = restored
+        self._store.load_state(
+            {
+                index: {
+                    name: value
+                    for name, value in saved[id(pair.A)].items()
+                    if name.startswith(STATE_PREFIX)
+                }
+                for index, pair in enumerate(self._pairs)
+                if pair.observed and saved[id(pair.A)]
+            }
+        )
+        if self._observer is not None:
+            self._observer.discard()
+        self._schedule_collection()
+
+    def _expected_state(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        adam = ("exp_avg", "exp_avg_sq")
+        curvature = {
+            id(pair.A): self._store.expected_state(index)
+            for index, pair in enumerate(self._pairs)
+            if pair.observed
+        }
+        return {
+            index: {"step": (), **dict.fromkeys(adam, tuple(p.shape)), **curvature.get(id(p), {})}
+            for index, p in enumerate(self._parameters())
+        }
+
+    # -------------------------------------------------------------------- looking
+
+    def summary(self) -> str:
+        """A table of the pairs (how each is observed) and of what is left to AdamW and why."""
+        held = [self._store.describe(index) for index in range(len(self._pairs))]
+        return render_summary(self._pairs, self.param_groups, self._left_out, self._model, held)
+
+    def diagnostics(self) -> dict[str, int]:
+        """Counts of numerical events so far; everything zero in a healthy run."""
+        skipped = sum(int(count) for count in self._skipped_pairs.values())
+        return {"pair skipped": skipped, **self._events}

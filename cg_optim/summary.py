@@ -1,0 +1,70 @@
+"""The table behind ``optimizer.summary()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cg_optim.pairs import LoRAPair
+
+COLUMNS = ("layer", "kind", "A", "B", "rank", "scaling", "curvature")
+
+
+def render_summary(
+    pairs: Sequence[LoRAPair],
+    groups: Iterable[Mapping[str, Any]],
+    left_out: Mapping[str, str],
+    model: nn.Module | None,
+    curvature_of: Sequence[str],
+) -> str:
+    """One line per pair, then what is left to AdamW and why.
+
+    Args:
+        pairs: The pairs being optimised.
+        groups: The optimizer's parameter groups.
+        left_out: Reasons by parameter name, from discovery.
+        model: Where parameter names come from; None if unknown.
+        curvature_of: For each pair, how its curvature is held.
+    """
+    rows = [COLUMNS]
+    for pair, held in zip(pairs, curvature_of, strict=True):
+        observed = f"hooks, {held}" if pair.observed else f"none: {pair.note or 'gradient only'}"
+        shapes = (_shape(pair.A), _shape(pair.B))
+        rows.append((pair.name, pair.kind, *shapes, str(pair.rank), f"{pair.scaling:g}", observed))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if not pairs:
+        lines = ["no LoRA pairs"]
+    return "\n".join([*lines, "", *_left_to_adamw(pairs, groups, left_out, model)])
+
+
+def _left_to_adamw(
+    pairs: Sequence[LoRAPair],
+    groups: Iterable[Mapping[str, Any]],
+    left_out: Mapping[str, str],
+    model: nn.Module | None,
+) -> list[str]:
+    paired = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    others = [p for group in groups for p in group["params"] if id(p) not in paired]
+    total = sum(p.numel() for p in others)
+    lines = [f"left to AdamW: {len(others)} tensors, {total:,} values"]
+    for index, parameter in enumerate(others):
+        name = names.get(id(parameter), f"parameter {index}")
+        lines.append(f"  {name} {_shape(parameter)}: {left_out.get(name, 'not a LoRA factor')}")
+    optimised = {names.get(id(p)) for p in others}
+    rest = {name: reason for name, reason in left_out.items() if name not in optimised}
+    if rest:
+        lines.append("not optimised as pairs:")
+        lines.extend(f"  {name}: {reason}" for name, reason in rest.items())
+    return lines
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

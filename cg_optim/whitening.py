@@ -1,0 +1,66 @@
+"""Linear maps ``K`` with ``K K^T`` the inverse of a damped curvature factor.
+
+A gradient with respect to a weight ``M`` of shape ``(..., rows, d)`` becomes, in the
+whitened coordinates ``M K^-T``, the gradient ``G K`` (:meth:`Whitening.apply`).  A
+step ``U`` found there is the step ``U K^T`` of the weight
+(:meth:`Whitening.apply_transposed`).  All leading dimensions are batch dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Whitening(Protocol):
+    """Multiplication from the right by ``K`` and by ``K^T``."""
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """``M K`` for ``M`` of shape ``(..., rows, d)``."""
+        ...
+
+    def apply_transposed(self, matrix: Tensor) -> Tensor:
+        """``M K^T`` for ``M`` of shape ``(..., rows, d)``."""
+        ...
+
+
+class SpectralWhitening(NamedTuple):
+    """``K = gain_outside (I - U U^T) + U diag(gains) U^T``, symmetric.
+
+    Attributes:
+        basis: ``U``, orthonormal columns, ``(..., d, k)``.
+        gains: ``(..., k)``.
+        gain_outside: ``(...)``, acts on everything orthogonal to the basis.
+    """
+
+    basis: Tensor
+    gains: Tensor
+    gain_outside: Tensor
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """``M K``; see :class:`Whitening`."""
+        outside = self.gain_outside[..., None, None]
+        inside = (matrix @ self.basis) * (self.gains - self.gain_outside[..., None]).unsqueeze(-2)
+        return outside * matrix + inside @ self.basis.mT
+
+    def apply_transposed(self, matrix: Tensor) -> Tensor:
+        """``M K^T = M K``."""
+        return self.apply(matrix)
+
+
+class CholeskyWhitening(NamedTuple):
+    """``K = L^-T`` from a Cholesky factor ``L`` of shape ``(..., d, d)``."""
+
+    factor: Tensor
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """``M L^-T``."""
+        solved: Tensor = torch.linalg.solve_triangular(self.factor, matrix.mT, upper=False)
+        return solved.mT
+
+    def apply_transposed(self, matrix: Tensor) -> Tensor:
+        """``M L^-1``."""
+        solved: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
+        return solved
