@@ -290,8 +290,8 @@ def _all_methods() -> list[Method]:
     return [
         adamw,
         _cg_method(),
-        Method("full-adamw", "full fine-tuning, AdamW", "torch", _adamw, 2e-3, full=True, priority=0),
-        Method("full-muon", "full fine-tuning, Muon", "torch", _muon, 5e-3, full=True, priority=0),
+        Method("full-adamw", "full weights, AdamW", "torch", _adamw, 2e-3, full=True, priority=0),
+        Method("full-muon", "full weights, Muon", "torch", _muon, 5e-3, full=True, priority=0),
         Method("soap", "SOAP", "pytorch_optimizer", _soap, 1e-2, 3e-3, priority=1),
         Method(
             "lora+", "LoRA+", "peft", _lora_plus, 3e-3,

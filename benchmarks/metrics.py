@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def steps_to_target(
-    steps: Sequence[float], losses: Sequence[float], target: float
-) -> float | None:
+def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
     """The first evaluated step whose loss is at or below ``target``, ``None`` if there is none."""
     for step, loss in zip(steps, losses, strict=True):
         if loss <= target:
@@ -73,9 +71,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, 2 * math.sqrt(variance / len(values))
 
 
-def gap_closed(
-    adamw: float, loss: float, full: float, *, spread: float = 0.0
-) -> float | None:
+def gap_closed(adamw: float, loss: float, full: float, *, spread: float = 0.0) -> float | None:
     """Share of the gap between tuned AdamW on LoRA and full fine-tuning that a method closes.
 
     Args:

@@ -370,9 +370,7 @@ def shortest(ledger: Ledger, entry: Entry) -> tuple[dict[float, bool], float | N
         return {}, None
     passed = {}
     for fraction in SHORT_FRACTIONS:
-        loss = ledger.reported(
-            entry, choice.lr, choice.knob, short_steps(ledger.study, fraction)
-        )
+        loss = ledger.reported(entry, choice.lr, choice.knob, short_steps(ledger.study, fraction))
         if loss is not None:
             passed[fraction] = loss <= target
     return passed, wanted_budget(passed)

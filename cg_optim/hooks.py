@@ -58,7 +58,8 @@ class _Capture:
 
     def __init__(self, x: Tensor) -> None:
         anchor = torch.empty(0, requires_grad=True)
-        self._node: Any = _Save.apply(anchor, x.detach()).grad_fn
+        save: Any = _Save.apply  # torch leaves it without types
+        self._node: Any = save(anchor, x.detach()).grad_fn
         self._x: Tensor | None = None
         self._mask: Tensor | None = None
         self._waiting = 0
@@ -96,7 +97,8 @@ class _Capture:
         Without the release every input would stay alive until the caller drops the
         loss, that is, through the whole next forward pass.
         """
-        assert self._x is not None and self._mask is not None
+        assert self._x is not None
+        assert self._mask is not None
         rows, mask = self._x.flatten(0, -2), self._mask
         self._x = self._mask = self._node = None
         return rows, mask
@@ -247,9 +249,9 @@ class CurvatureObserver:
             tensor, version, reference = known
             capture = reference()
             # An id can be reused and a tensor can be written to; both make it another input.
-            if tensor() is x and version == x._version and capture is not None:
-                if capture.accepts(pair_index):
-                    return capture
+            same = tensor() is x and version == x._version
+            if same and capture is not None and capture.accepts(pair_index):
+                return capture
         capture = _Capture(x)
         self._captures[id(x)] = (weakref.ref(x), x._version, weakref.ref(capture))
         return capture

@@ -4,8 +4,9 @@ Two representations share one interface:
 
 * :class:`DenseCurvature` keeps the whole ``(n, n)`` matrix: exact, for small ``n``.
 * :class:`LowRankCurvature` keeps ``U diag(eigenvalues) U^T + tail (I - U U^T)``: ``k``
-  directions and an isotropic tail, ``n k`` floats.  The directions follow the data by one step of block power iteration per
-  update with a Nystrom approximation (Tropp et al. 2017, arXiv:1706.05736, Alg. 3).
+  directions and an isotropic tail, ``n k`` floats.  The directions follow the data by one
+  step of block power iteration per update with a Nystrom approximation (Tropp et al. 2017,
+  arXiv:1706.05736, Alg. 3).
 
 Statistics are sums over rows, so splitting a batch into micro-batches changes nothing.
 """

@@ -60,11 +60,13 @@ class LoRAPair:
         for letter, factor in (("A", self.A), ("B", self.B)):
             if not isinstance(factor, Tensor):
                 raise PairError(
-                    f"{self.name}: {letter} is a {type(factor).__name__}; pass the nn.Parameter itself"
+                    f"{self.name}: {letter} is a {type(factor).__name__}; "
+                    "pass the nn.Parameter itself"
                 )
             if not factor.is_floating_point():
                 raise PairError(
-                    f"{self.name}: {letter} has dtype {factor.dtype}; LoRA factors must be floating point"
+                    f"{self.name}: {letter} has dtype {factor.dtype}; "
+                    "LoRA factors must be floating point"
                 )
             if factor.ndim < 2:
                 raise PairError(
@@ -83,7 +85,8 @@ class LoRAPair:
         if (self.input_module is None) != (self.output_module is None):
             missing = "input_module" if self.input_module is None else "output_module"
             raise PairError(
-                f"{self.name}: {missing} is missing; give both modules to observe curvature, or neither"
+                f"{self.name}: {missing} is missing; give both modules to observe curvature, "
+                "or neither"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
             raise PairError(

@@ -156,7 +156,7 @@ def _pair(
             trains = all(parameter.requires_grad for parameter in parameters)
             if bottleneck or a_slot.key or not trains:
                 return None  # an MLP or a bank of matrices, not even LoRA-looking
-            looks = f"{a_name} and its B could be LoRA, but no name or frozen layer says so"
+            looks = f"{a_name} and its B could be LoRA, but no name or layer beside them says so"
             return LeftOut(parameters, f"{looks}; declare a LoRAPair if they are")
     if getattr(site.module, "merged", False) is True:
         remedy = "call model.train() before building the optimizer (loralib merges on .eval())"
@@ -214,7 +214,7 @@ def _is_adapter(
     texts = (type(site.module).__name__, site.name.rpartition(".")[2])
     if any(_says_lora(text, bottleneck=bottleneck) for text in texts):
         return True
-    return not bottleneck and surroundings.base_is_frozen and surroundings.fit(layout.n, layout.m)
+    return not bottleneck and surroundings.fit(layout.n, layout.m)
 
 
 def _layout(a_slot: _Slot, b_slot: _Slot, surroundings: Surroundings) -> _Layout | None:

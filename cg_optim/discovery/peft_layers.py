@@ -128,17 +128,15 @@ def _adapter(site: Site, adapter: str) -> Finding:
         return LeftOut(_parameters_of(a_entry), "unpaired A: the adapter has no lora_B")
     b_entry = layer.lora_B[adapter]
     everything = (*_parameters_of(a_entry), *_parameters_of(b_entry))
-    if adapter not in _active_adapters(layer):
-        return LeftOut(everything, f"adapter {adapter!r} is not active")
-    if not isinstance(a_entry, nn.Module) or not isinstance(b_entry, nn.Module):
-        return LeftOut(everything, "AdaLoRA: trainable singular values sit between A and B")
-    if any(hasattr(entry, "parametrizations") for entry in (a_entry, b_entry)):
-        return LeftOut(everything, "its weight is itself computed by a parametrization")
+    reason = _why_left_out(layer, adapter, (a_entry, b_entry))
+    if reason:
+        return LeftOut(everything, reason)
 
     a_weight, b_weight = weight_of(a_entry), weight_of(b_entry)
     refuse_sharded(site.label, a_weight)
     refuse_sharded(site.label, b_weight)
-    assert a_weight is not None and b_weight is not None  # refuse_sharded raised otherwise
+    assert a_weight is not None  # refuse_sharded raised otherwise
+    assert b_weight is not None
     variant = _variant(layer, adapter)
     misfit = _misfit(layer, a_entry, b_entry, variant)
     if misfit:
@@ -157,6 +155,17 @@ def _adapter(site: Site, adapter: str) -> Finding:
         output_module=None if note else b_entry,
         note=note,
     )
+
+
+def _why_left_out(layer: Any, adapter: str, entries: tuple[Any, Any]) -> str:
+    """Why the two entries are no pair of plain matrices that train; empty if they are."""
+    if adapter not in _active_adapters(layer):
+        return f"adapter {adapter!r} is not active"
+    if not all(isinstance(entry, nn.Module) for entry in entries):
+        return "AdaLoRA: trainable singular values sit between A and B"
+    if any(hasattr(entry, "parametrizations") for entry in entries):
+        return "its weight is itself computed by a parametrization"
+    return ""
 
 
 def _parameters_of(entry: nn.Module | nn.Parameter) -> tuple[nn.Parameter, ...]:

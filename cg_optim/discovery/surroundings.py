@@ -62,14 +62,6 @@ class Surroundings:
         """Whether the module is one linear layer with its adapter, or the adapter alone."""
         return self.sizes is not None or bool(self.siblings)
 
-    @property
-    def base_is_frozen(self) -> bool:
-        """Whether the adapted layer does not train, which is what adapters are for."""
-        if self.base is None:
-            return False
-        weight = self.base._parameters.get("weight")
-        return weight is None or not weight.requires_grad
-
 
 def _parametrized_layer(site: Site) -> nn.Module | None:
     """The layer whose weight this module parametrizes (``nn.utils.parametrize``)."""

@@ -1,0 +1,1 @@
+"""Demo and benchmarks of ``cg_optim``: real models, real text, and the real peers."""

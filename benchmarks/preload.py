@@ -1,0 +1,9 @@
+"""Imported once by the fork server, so that a worker process starts in milliseconds.
+
+Nothing here may run tensor code: a thread pool does not survive a fork.
+"""
+
+from . import execute, initialisations, methods, training
+from .works import linear
+
+__all__ = ["execute", "initialisations", "linear", "methods", "training"]

@@ -1,0 +1,104 @@
+"""The works: what methods are measured on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ..cells import recipe_hash
+from ..methods import Method
+from ..sweep import Study
+
+if TYPE_CHECKING:
+    from ..problem import Problem
+
+TRAINED = ("linear", "lm", "nlu")
+"""Works that are made of training runs, in the order of their cost."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a work in one preset: everything a worker process needs to build it.
+
+    Attributes:
+        work, preset, name: identity.
+        steps: optimizer steps of a run.
+        settings: all that decides the results; part of the recipe.
+        data: folder of the user's data, ``None`` for what Python carries.
+        device: device of the runs.
+        lr_scale: factor on the methods' sweep centres, which are set for the lm work.
+        tuning_seeds, reporting_seeds: disjoint seeds for choosing and for reporting.
+        methods: methods that take part unless the user names others, all if empty.
+        knobs: whether second knobs are swept.
+        refine: whether the sweep goes on to the fine grid.
+        extras: whether width, defaults and short budgets are measured.
+        log_scale: whether losses span orders of magnitude (for plots and means).
+        order: place of the task among others of its work.
+    """
+
+    work: str
+    preset: str
+    name: str
+    steps: int
+    settings: dict[str, Any] = field(hash=False)
+    data: Path | None = None
+    device: str = "cpu"
+    lr_scale: float = 1.0
+    tuning_seeds: tuple[int, ...] = (0,)
+    reporting_seeds: tuple[int, ...] = (1, 2, 3)
+    methods: tuple[str, ...] = ()
+    knobs: bool = True
+    refine: bool = True
+    extras: bool = True
+    log_scale: bool = False
+    order: int = 0
+
+    @property
+    def recipe(self) -> str:
+        """Digest of the settings."""
+        return recipe_hash({"task": self.name, "device": self.device, **self.settings})
+
+    @property
+    def folder(self) -> Path:
+        """Where the records of this task live, relative to the output folder."""
+        return Path(self.work) / self.preset / self.name
+
+    def study(self, methods: Sequence[Method]) -> Study:
+        """The comparison of ``methods`` on this task."""
+        return Study(
+            work=self.work,
+            preset=self.preset,
+            task=self.name,
+            recipe=self.recipe,
+            steps=self.steps,
+            entries=tuple(method.entry(self.lr_scale, self.knobs) for method in methods),
+            tuning_seeds=self.tuning_seeds,
+            reporting_seeds=self.reporting_seeds,
+            refine=self.refine,
+            width=self.extras,
+            defaults=self.extras,
+            short=self.extras,
+        )
+
+
+class Work(Protocol):
+    """The functions of a work's module."""
+
+    PRESETS: tuple[str, ...]
+
+    def tasks(self, preset: str, data: Path | None, device: str) -> list[Task]:
+        """The tasks of a preset, without reading data beyond its identity."""
+
+    def prepare(self, task: Task) -> None:
+        """What is made once before the cells of ``task`` (a pretrained base), cached."""
+
+    def problem(self, task: Task) -> Problem:
+        """The task itself; called in every worker process."""
+
+
+def work(name: str) -> Work:
+    """The module of a work."""
+    return cast(Work, importlib.import_module(f"{__name__}.{name}"))
