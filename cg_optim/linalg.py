@@ -3,10 +3,12 @@
 Shapes: every function takes ``(..., d, d)`` stacks.  A failed factorisation never
 raises; it climbs the ladder below on the failed matrices only and reports how far::
 
-    symmetrise -> finite? -> cholesky_ex -> jitter x10 (a few times)
-               -> float64 -> clamped eigenvalues -> reported as failed
+    finite? -> rescale, symmetrise -> cholesky_ex -> float64 -> float64 with jitter x10
+               (a few times) -> clamped eigenvalues -> reported as failed
 
-The caller keeps its stale factor for matrices reported as :attr:`Rung.FAILED`.
+Precision is raised before jitter: float64 answers the question that was asked, jitter
+another one.  The caller keeps its stale factor for matrices reported as
+:attr:`Rung.FAILED`.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Jitter is raised by 10 this often before precision is raised instead.
-JITTER_STEPS = 4
+#: Jitter is raised by 10 this often before the eigenvalues are clamped instead: more of
+#: it would drown a matrix that has a few bad directions only.
+JITTER_STEPS = 2
 
 
 class Rung(IntEnum):
     """How far up the ladder a factorisation had to go."""
 
     CLEAN = 0
-    JITTER = 1
-    FLOAT64 = 2
+    FLOAT64 = 1
+    JITTER = 2
     EIGENVALUES = 3
     FAILED = 4
 
@@ -60,61 +63,75 @@ def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0)
     """Cholesky factor of ``M + damping * max(tr(M)/d, floor) I``.
 
     Relative damping makes the factor of ``c M`` exactly ``sqrt(c)`` times that of
-    ``M``: no scale of the data or of the loss has to be known.
+    ``M``: no scale of the data or of the loss has to be known.  A zero matrix without
+    a floor has no scale; its factor is the identity, ``sqrt(1 + damping) I``.
 
     Args:
         matrix: ``(..., d, d)`` symmetric positive semi-definite stack.
-        damping: Relative damping, dimensionless, > 0.
+        damping: Relative damping, dimensionless, >= 0.
         floor: Lower bound of the scale, for matrices that are zero (B before its
-            first step); same unit as the entries of ``matrix``.
+            first step), a number or ``(...)``; same unit as the entries of ``matrix``.
 
     Returns:
         The factors and the rung each matrix needed.
     """
-    matrix = 0.5 * (matrix + matrix.mT)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    scale = torch.clamp_min(mean_eigenvalue(matrix), floor)
-    # Rescaling to unit mean eigenvalue keeps fp32 clear of overflow and of denormals.
-    # A zero matrix without floor has no scale: its damped version is the identity.
-    usable = torch.isfinite(matrix).all(-1).all(-1) & torch.isfinite(scale)
-    positive = usable & (scale > 0)
-    unit = torch.where(positive, scale, torch.ones_like(scale))
-    normalised = torch.where(positive[..., None, None], matrix / unit[..., None, None], eye)
+    # Two divisions, by the largest entry and then by the mean eigenvalue, because the
+    # trace itself overflows or vanishes near the ends of the range of fp32.
+    largest = matrix.abs().amax((-2, -1))
+    # A tensor also because torch divides a number by a tensor through its reciprocal.
+    floor = floor.to(largest) if isinstance(floor, Tensor) else torch.full_like(largest, floor)
+    largest = torch.maximum(largest, floor)
+    usable = torch.isfinite(largest)
+    blank = ~usable | (largest == 0)
+    matrix = torch.where(blank[..., None, None], eye, matrix)
+    largest = torch.where(blank, 1.0, largest)
+    matrix = matrix / largest[..., None, None]
+    matrix = 0.5 * (matrix + matrix.mT)
+    mean = torch.where(blank, 1.0, mean_eigenvalue(matrix).clamp_min(floor / largest))
+    # Without a positive trace or a floor this is no semi-definite matrix, nor near one.
+    usable = usable & (mean > 0)
+    mean = torch.where(usable, mean, 1.0)
+    normalised = torch.where(usable[..., None, None], matrix / mean[..., None, None], eye)
     factor, info = torch.linalg.cholesky_ex(add_to_diagonal(normalised, damping))
     rung = torch.where(usable, int(Rung.CLEAN), int(Rung.FAILED))
     failed = (info != 0) & usable
     if bool(failed.any()):
-        factor, rung = _climb(normalised, damping, factor, rung, failed)
-    factor = torch.where((rung == Rung.FAILED)[..., None, None], eye, factor)
-    return CholeskyResult(factor * unit.sqrt()[..., None, None], rung)
+        factor, rung = factor.clone(), rung.clone()
+        attempt, needed = _climb(normalised[failed].double(), damping, matrix.dtype)
+        factor[failed], rung[failed] = attempt.to(factor.dtype), needed
+    factor = factor * (mean.sqrt() * largest.sqrt())[..., None, None]
+    return CholeskyResult(torch.where((rung == Rung.FAILED)[..., None, None], eye, factor), rung)
 
 
-def _climb(
-    normalised: Tensor, damping: float, factor: Tensor, rung: Tensor, failed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Everything past the first rung, for the matrices that failed there."""
-    jitter = max(damping, torch.finfo(normalised.dtype).eps)
-    for _ in range(JITTER_STEPS):
-        jitter *= 10
-        attempt, info = torch.linalg.cholesky_ex(add_to_diagonal(normalised, jitter))
+def _climb(matrix: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Everything past the first rung, for float64 matrices ``(count, d, d)`` of unit scale.
+
+    Args:
+        matrix: The matrices, not damped.
+        damping: What to add to their diagonals.
+        dtype: The precision they came in and that the factors go back to.
+    """
+    factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, damping))
+    rung = torch.full_like(info, int(Rung.FLOAT64), dtype=torch.int64)
+    failed = info != 0
+    least = max(damping, torch.finfo(dtype).eps)
+    for power in range(1, JITTER_STEPS + 1):
+        attempt, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, least * 10**power))
         solved = failed & (info == 0)
         factor = torch.where(solved[..., None, None], attempt, factor)
         rung = torch.where(solved, int(Rung.JITTER), rung)
         failed = failed & ~solved
-    in_double = normalised.double()
-    attempt, info = torch.linalg.cholesky_ex(add_to_diagonal(in_double, damping))
-    solved = failed & (info == 0)
-    factor = torch.where(solved[..., None, None], attempt.to(factor.dtype), factor)
-    rung = torch.where(solved, int(Rung.FLOAT64), rung)
-    failed = failed & ~solved
     if bool(failed.any()):
-        eigenvalues, vectors = torch.linalg.eigh(in_double[failed])
-        clamped = eigenvalues.clamp_min(0) + damping
-        rebuilt = (vectors * clamped.unsqueeze(-2)) @ vectors.mT
-        attempt, info = torch.linalg.cholesky_ex(rebuilt)
-        ok = info == 0
-        outcome = torch.where(ok, int(Rung.EIGENVALUES), int(Rung.FAILED))
-        factor, rung = factor.clone(), rung.clone()
-        factor[failed] = attempt.to(factor.dtype)
-        rung[failed] = outcome.to(rung.dtype)
+        rung[failed] = int(Rung.EIGENVALUES)
+        try:
+            eigenvalues, vectors = torch.linalg.eigh(matrix[failed])
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            rung[failed] = int(Rung.FAILED)
+        else:
+            # M = R^T R with R from a QR factorisation: unlike Cholesky it cannot fail.
+            root = (vectors * (eigenvalues.clamp_min(0) + least).sqrt().unsqueeze(-2)).mT
+            upper = torch.linalg.qr(root).R
+            signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+            factor[failed] = (upper * signs.to(upper).unsqueeze(-1)).mT
     return factor, rung
