@@ -82,6 +82,8 @@ def as_groups(params: Any) -> list[Group]:
             f"got a {type(params).__name__}; expected a module, parameters, named parameters or "
             "parameter groups (wrap a single tensor in a list)"
         )
+    if isinstance(params, set):
+        raise ParameterError("parameters come in a set, whose order changes; pass a list")
     entries = list(params)
     if not entries or not isinstance(entries[0], dict):
         return [{"params": entries}] if entries else []
@@ -102,6 +104,8 @@ def as_list(group: Any) -> Group:
     if not isinstance(group, dict) or "params" not in group:
         raise ParameterError(f"a parameter group must be a dict with 'params', got {group!r}")
     params = group["params"]
+    if isinstance(params, set):
+        raise ParameterError("parameters come in a set, whose order changes; pass a list")
     return {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
 
 
@@ -114,7 +118,8 @@ def check_parameters(groups: Sequence[Group], known: Iterable[Tensor] = ()) -> N
     """Check the parameters of new groups against each other and those already known.
 
     Raises:
-        ParameterError: If something is not a leaf tensor, is complex, or comes twice.
+        ParameterError: If something is not a leaf tensor, is not real floating point, or
+            comes twice.
     """
     seen = {id(parameter) for parameter in known}
     for group_index, group in enumerate(groups):
@@ -123,9 +128,14 @@ def check_parameters(groups: Sequence[Group], known: Iterable[Tensor] = ()) -> N
             if not isinstance(parameter, Tensor):
                 raise ParameterError(f"{where} is a {type(parameter).__name__}, not a tensor")
             where += f" (shape {tuple(parameter.shape)})"
-            if parameter.is_complex():
+            if not parameter.is_floating_point():
                 raise ParameterError(
-                    f"{where} has dtype {parameter.dtype}; complex is not supported"
+                    f"{where} has dtype {parameter.dtype}; only real floating point parameters "
+                    "can be optimised"
+                )
+            if not (parameter.is_leaf or parameter.retains_grad):
+                raise ParameterError(
+                    f"{where} is computed from other tensors; pass the leaf parameter itself"
                 )
             if id(parameter) in seen:
                 raise ParameterError(f"{where} is given twice; list each parameter once")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cg_optim.errors import StateError
+from cg_optim.arguments import check_group
+from cg_optim.errors import HyperparameterError, StateError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+NOT_NEGATIVE = ("step", "exp_avg_sq", "input_trace", "input_updates", "input_eigenvalues")
 
 
 def check(
@@ -27,10 +31,7 @@ def check(
     Raises:
         StateError: With what differs; nothing has been changed then.
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise StateError(
-            "not an optimizer state dict: expected the keys 'state' and 'param_groups'"
-        )
+    check_is_state_dict(state_dict)
     saved_groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(saved_groups, Sequence) or not isinstance(state, Mapping):
         raise StateError("the state dict is damaged: 'state' or 'param_groups' has the wrong type")
@@ -51,6 +52,9 @@ def check(
                 f"parameter group {index} of the state dict lacks {sorted(missing)}; "
                 "it was not saved by CGLoRAOptimizer"
             )
+        _check_numbers(index, group)
+    if len({str(i) for ids in saved_ids for i in ids}) != sum(sizes):
+        raise StateError("the state dict is damaged: a parameter is listed twice")
     position = {saved: i for i, saved in enumerate(i for ids in saved_ids for i in ids)}
     for saved, values in state.items():
         if saved not in position:
@@ -74,3 +78,53 @@ def _check_one(index: int, values: Any, expected: Shapes) -> None:
                 f"{name} of parameter {index} has shape {got}, expected {tuple(shape)}; "
                 "the state belongs to another model or another `curvature`"
             )
+        if not bool(torch.isfinite(value).all()):
+            raise StateError(f"{name} of parameter {index} holds values that are not finite")
+        if name in NOT_NEGATIVE and bool((value < 0).any()):
+            raise StateError(f"{name} of parameter {index} holds negative values")
+
+
+def check_is_state_dict(state_dict: object) -> None:
+    """Refuse what has not even the outer form of a state dict.
+
+    Raises:
+        StateError: If a key is missing or it is not a dict at all.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise StateError(
+            "not an optimizer state dict: expected a dict with 'state' and 'param_groups'"
+        )
+
+
+def check_pairs_complete(
+    state_dict: Mapping[str, Any], positions: Sequence[tuple[int, int]]
+) -> None:
+    """Refuse a state dict in which one factor of a pair has state and the other has none.
+
+    Args:
+        state_dict: One that passed :func:`check`.
+        positions: For each pair the positions of A and B among all parameters.
+
+    Raises:
+        StateError: With the position of the factor whose state is missing.
+    """
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for pair in positions:
+        missing = [place for place in pair if ids[place] not in state_dict["state"]]
+        if len(missing) == 1:
+            raise StateError(
+                f"the state dict is incomplete: parameter {missing[0]} has no state although the "
+                "other factor of its LoRA pair has"
+            )
+
+
+def _check_numbers(index: int, group: Mapping[str, Any]) -> None:
+    try:
+        check_group(dict(group))
+    except HyperparameterError as error:
+        raise StateError(f"parameter group {index} of the state dict: {error}") from error
+    steps = group.get("steps_taken", 0)
+    if not isinstance(steps, int) or steps < 0:
+        raise StateError(
+            f"parameter group {index} of the state dict: steps_taken is {steps!r}; expected a count"
+        )

@@ -50,6 +50,8 @@ class CurvatureStore:
         self._pairs = pairs
         self._representation = representation
         self._curvature_of: dict[int, InputCurvature] = {}
+        # Pairs whose curvature exists only because there had to be something to save.
+        self._blank: set[int] = set()
         self.seen: set[int] = set()
 
     def of(self, pair_index: int) -> InputCurvature | None:
@@ -71,8 +73,9 @@ class CurvatureStore:
         """Add the rows that these pairs received; the observer's consumer."""
         self.seen.update(pair_indices)
         together = set(pair_indices)
-        fresh = [index for index in pair_indices if index not in self._curvature_of]
+        fresh = [i for i in pair_indices if i not in self._curvature_of or i in self._blank]
         if fresh:
+            self._blank.difference_update(fresh)
             created = self._new(fresh[0])
             self._curvature_of.update(dict.fromkeys(fresh, created))
         receiving: dict[int, InputCurvature] = {}
@@ -105,12 +108,28 @@ class CurvatureStore:
             curvature.discard()
         self.seen.clear()
 
+    def discard_pair(self, pair_index: int) -> set[int]:
+        """Drop what was collected for a pair since the last update.
+
+        Returns:
+            The pairs that share its curvature; they were seen in the same passes and
+            lose the same rows.
+        """
+        curvature = self._curvature_of.get(pair_index)
+        if curvature is None:
+            return set()
+        curvature.discard()
+        members = {i for i, c in self._curvature_of.items() if c is curvature}
+        self.seen -= members
+        return members
+
     # ------------------------------------------------------------------ state
 
     def state(self, pair_index: int) -> dict[str, Tensor]:
         """The live tensors to save with a pair's A; created if there are none yet."""
         if pair_index not in self._curvature_of:
             self._curvature_of[pair_index] = self._new(pair_index)
+            self._blank.add(pair_index)
         tensors = self._curvature_of[pair_index].state()
         return {STATE_PREFIX + name: tensor for name, tensor in tensors.items()}
 
@@ -121,6 +140,7 @@ class CurvatureStore:
             saved: For each pair index the tensors :meth:`state` returned.
         """
         self._curvature_of.clear()
+        self._blank.clear()
         self.seen.clear()
         for index, tensors in sorted(saved.items()):
             plain = {name.removeprefix(STATE_PREFIX): value for name, value in tensors.items()}

@@ -8,8 +8,9 @@ of the data::
               output leaves output_module  -> a Capture saves x, the output gets a tensor hook
     backward  gradient of that output      -> rows without gradient are masked out,
               last consumer of x done      -> ``consume(x, row_mask, pair_indices)``
+    .grad     B's gradient accumulated     -> remembered, see the last rule
 
-Three rules come from how autograd is used in practice:
+Four rules come from how autograd is used in practice:
 
 * Everything is accumulated in *backward*: reentrant checkpointing runs the forward
   twice (once without grad), non-reentrant twice with grad but fires one backward.
@@ -18,12 +19,15 @@ Three rules come from how autograd is used in practice:
   (no view, no in-place restriction, bitwise the same forward).
 * Pairs that receive the very same tensor (q, k and v) share one capture.  A row
   counts as soon as one of them has a gradient there.
+* Statistics live and die with the gradient they came with.  ``GradScaler`` does not
+  call ``step()`` after an overflow; what is zeroed in ``.grad`` before the next backward
+  is dropped here as well, and what is accumulated there (micro-batches) adds up here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +40,8 @@ from cg_optim.pairs import LoRAPair
 #: Receives ``x`` as ``(rows, n)``, a boolean ``(rows,)`` mask (True where a gradient
 #: arrived) and the indices of the pairs that consumed ``x``.
 Consumer = Callable[[Tensor, Tensor, tuple[int, ...]], None]
+#: Drops what was consumed for a pair since the last update; returns every pair concerned.
+Discarder = Callable[[int], Collection[int]]
 
 
 class _Save(torch.autograd.Function):
@@ -54,15 +60,18 @@ class _Save(torch.autograd.Function):
 class _Capture:
     """One input tensor in one forward pass and the pairs that consume it."""
 
-    __slots__ = ("__weakref__", "_mask", "_node", "_waiting", "_x", "pair_indices")
+    __slots__ = ("__weakref__", "_mask", "_node", "_waiting", "_x", "generation", "pair_indices")
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, generation: int) -> None:
         anchor = torch.empty(0, requires_grad=True)
         save: Any = _Save.apply  # torch leaves it without types
-        self._node: Any = save(anchor, x.detach()).grad_fn
+        # Autograd refuses to save inference tensors (frozen features computed earlier).
+        kept = x.clone() if x.is_inference() else x.detach()
+        self._node: Any = save(anchor, kept).grad_fn
         self._x: Tensor | None = None
         self._mask: Tensor | None = None
         self._waiting = 0
+        self.generation = generation
         self.pair_indices: list[int] = []
 
     @property
@@ -86,7 +95,7 @@ class _Capture:
                 return False
             # Reading saved tensors is what triggers recomputation under checkpointing.
             (self._x,) = self._node.saved_tensors
-        has_gradient = grad_out.detach().flatten(0, -2).abs().amax(-1) != 0
+        has_gradient = (grad_out.detach() != 0).any(-1).reshape(-1)
         self._mask = has_gradient if self._mask is None else self._mask | has_gradient
         self._waiting -= 1
         return self._waiting == 0
@@ -99,24 +108,48 @@ class _Capture:
         """
         assert self._x is not None
         assert self._mask is not None
-        rows, mask = self._x.flatten(0, -2), self._mask
-        self._x = self._mask = self._node = None
+        # One row for an input without batch dimension.
+        rows, mask = self._x.reshape(-1, self._x.shape[-1]), self._mask
+        self.release()
         return rows, mask
+
+    def release(self) -> None:
+        """Let go of the input; gradients that arrive later are ignored."""
+        self._x = self._mask = self._node = None
 
 
 class _TensorHook:
     """Runs when the gradient of one pair's output is known."""
 
-    __slots__ = ("_capture", "_observer")
+    __slots__ = ("_capture", "_observer", "_pair_index")
 
-    def __init__(self, observer: CurvatureObserver, capture: _Capture) -> None:
+    def __init__(self, observer: CurvatureObserver, capture: _Capture, pair_index: int) -> None:
         self._observer = weakref.ref(observer)
         self._capture = capture
+        self._pair_index = pair_index
 
     def __call__(self, grad_out: Tensor) -> None:
         observer = self._observer()
-        if observer is not None and observer.active:
-            observer._on_gradient(self._capture, grad_out)
+        if observer is not None:
+            observer._on_gradient(self._capture, self._pair_index, grad_out)
+
+
+class _AccumulationHook:
+    """Runs when the gradient of one pair's B was added to ``B.grad``."""
+
+    __slots__ = ("_observer", "_pair_index")
+
+    def __init__(self, observer: CurvatureObserver | None, pair_index: int) -> None:
+        self._observer = weakref.ref(observer) if observer is not None else None
+        self._pair_index = pair_index
+
+    def __reduce__(self) -> tuple[type[_AccumulationHook], tuple[None, int]]:
+        return _AccumulationHook, (None, self._pair_index)
+
+    def __call__(self, parameter: Tensor) -> None:
+        observer = self._observer() if self._observer is not None else None
+        if observer is not None and observer.collecting and parameter.grad is not None:
+            observer._versions[self._pair_index] = parameter.grad._version
 
 
 class _ModuleHook:
@@ -147,25 +180,42 @@ class CurvatureObserver:
     Args:
         pairs: All pairs of the optimizer; unobserved ones are ignored.
         consumer: Called once per captured input after the last gradient arrived.
+        discarder: Called when the gradient that came with a pair's statistics was
+            zeroed without a step.
 
     Attributes:
         collecting: Switch; while False the hooks do nothing.
     """
 
-    def __init__(self, pairs: Sequence[LoRAPair], consumer: Consumer) -> None:
+    def __init__(self, pairs: Sequence[LoRAPair], consumer: Consumer, discarder: Discarder) -> None:
         self.collecting = True
         self._consumer = consumer
-        self._features = {i: p.in_features for i, p in enumerate(pairs)}
+        self._discarder = discarder
+        # Version of B.grad right after the latest backward, since the last flush.
+        self._versions: dict[int, int] = {}
+        # Pairs whose output got a gradient since the last flush.
+        self._heard: set[int] = set()
+        # Captures made before the last discard are void.
+        self._generation = 0
         self._handles: list[RemovableHandle] = []
-        self._pairs_by_input: dict[int, list[int]] = {}
-        self._pairs_by_output: dict[int, list[int]] = {}
-        self._input_of = {i: id(p.input_module) for i, p in enumerate(pairs) if p.observed}
         self._inputs: dict[int, Tensor] = {}
         self._captures: dict[int, tuple[weakref.ref[Tensor], int, weakref.ref[_Capture]]] = {}
         self._pending: dict[int, _Capture] = {}
-        self._register(pairs)
+        self.watch(pairs)
+        # An optimizer that is dropped takes its hooks along.
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
-    def _register(self, pairs: Sequence[LoRAPair]) -> None:
+    def watch(self, pairs: Sequence[LoRAPair]) -> None:
+        """Put hooks on all pairs; those of before must come first, in the same order.
+
+        What was captured until now stays valid.
+        """
+        _remove_all(self._handles)
+        self._features = {i: p.in_features for i, p in enumerate(pairs)}
+        self._factors = {i: p.B for i, p in enumerate(pairs)}
+        self._input_of = {i: id(p.input_module) for i, p in enumerate(pairs) if p.observed}
+        self._pairs_by_input: dict[int, list[int]] = {}
+        self._pairs_by_output: dict[int, list[int]] = {}
         inputs: dict[int, nn.Module] = {}
         outputs: dict[int, nn.Module] = {}
         for index, pair in enumerate(pairs):
@@ -175,6 +225,9 @@ class CurvatureObserver:
             outputs[id(pair.output_module)] = pair.output_module
             self._pairs_by_input.setdefault(id(pair.input_module), []).append(index)
             self._pairs_by_output.setdefault(id(pair.output_module), []).append(index)
+            if pair.B.is_leaf and pair.B.requires_grad:
+                accumulated = _AccumulationHook(self, index)
+                self._handles.append(pair.B.register_post_accumulate_grad_hook(accumulated))
         for module_id, module in inputs.items():
             enter = _ModuleHook(self, "_on_enter", module_id)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -193,22 +246,33 @@ class CurvatureObserver:
 
     def remove(self) -> None:
         """Remove every hook and drop what was captured; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
         self.discard()
 
     def discard(self) -> None:
         """Forget captures that wait for gradients (they stay inert if those arrive later)."""
+        self._generation += 1
+        self._versions.clear()
+        self._heard.clear()
         self._inputs.clear()
         self._captures.clear()
         self._pending.clear()
 
-    def flush(self) -> None:
-        """Hand over inputs of which only some consumers got a gradient."""
+    def flush(self) -> set[int]:
+        """Before a step: hand over inputs of which only some consumers got a gradient.
+
+        Returns:
+            The pairs whose hooks saw a gradient since the last flush.
+        """
+        for index in list(self._versions):
+            if index in self._versions and self._factors[index].grad is None:
+                self._forget(index)
+        self._versions.clear()
         for capture in list(self._pending.values()):
             self._hand_over(capture)
         self._captures.clear()
+        heard, self._heard = self._heard, set()
+        return heard
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -241,32 +305,65 @@ class CurvatureObserver:
                 continue
             capture = self._capture_of(x, index)
             capture.add_pair(index)
-            output.register_hook(_TensorHook(self, capture))
+            output.register_hook(_TensorHook(self, capture, index))
 
     def _capture_of(self, x: Tensor, pair_index: int) -> _Capture:
+        written = 0 if x.is_inference() else x._version
         known = self._captures.get(id(x))
         if known is not None:
             tensor, version, reference = known
             capture = reference()
             # An id can be reused and a tensor can be written to; both make it another input.
-            same = tensor() is x and version == x._version
+            same = tensor() is x and version == written
             if same and capture is not None and capture.accepts(pair_index):
                 return capture
-        capture = _Capture(x)
-        self._captures[id(x)] = (weakref.ref(x), x._version, weakref.ref(capture))
+        capture = _Capture(x, self._generation)
+        self._captures[id(x)] = (weakref.ref(x), written, weakref.ref(capture))
         return capture
 
     # ----------------------------------------------------------------- backward
 
-    def _on_gradient(self, capture: _Capture, grad_out: Tensor) -> None:
+    def _on_gradient(self, capture: _Capture, pair_index: int, grad_out: Tensor) -> None:
+        if not self.collecting or capture.generation != self._generation:
+            capture.release()
+            return
+        self._heard.add(pair_index)
         with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
+            if self._was_zeroed(pair_index):
+                self._forget(pair_index)
             complete = capture.gradient_arrived(grad_out)
             if complete:
                 self._hand_over(capture)
             elif capture.started:
                 self._pending[id(capture)] = capture
 
+    def _was_zeroed(self, pair_index: int) -> bool:
+        """Whether the gradient was zeroed since this pair's latest backward."""
+        version = self._versions.get(pair_index)
+        if version is None:
+            return False
+        grad = self._factors[pair_index].grad
+        # zero_grad(set_to_none=False) and unscaling write in place.  Looking at the values
+        # waits for a GPU, but only between a step that was left out and the next one.
+        return grad is None or (grad._version != version and not bool(grad.any()))
+
+    def _forget(self, pair_index: int) -> None:
+        """Drop what was captured and consumed for a pair since the last flush."""
+        for key, capture in list(self._pending.items()):
+            if pair_index in capture.pair_indices:
+                capture.release()
+                del self._pending[key]
+        for index in self._discarder(pair_index):
+            self._versions.pop(index, None)
+        self._versions.pop(pair_index, None)
+
     def _hand_over(self, capture: _Capture) -> None:
         self._pending.pop(id(capture), None)
         rows, mask = capture.take()
         self._consumer(rows, mask, tuple(capture.pair_indices))
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -6,29 +6,28 @@ The way of one training step::
     step()             1. gradients are checked; nothing has changed yet
                        2. the curvature collected since the last step is folded in
                        3. pairs with gradients:     pair_step.step_pairs -> rule
-                       4. all other parameters:     torch.optim's AdamW
+                       4. all other parameters:     plain_step, torch.optim's AdamW
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from cg_optim import arguments, checkpoint
+from cg_optim import arguments, checkpoint, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
 from cg_optim.discovery import Discovery
 from cg_optim.errors import GradientError, NoPairsWarning, UnobservedPairWarning
 from cg_optim.hooks import CurvatureObserver
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair
+from cg_optim.plain_step import step_plain
 from cg_optim.rule import AdamSettings, Moments
 from cg_optim.summary import render_summary
 
@@ -48,7 +47,12 @@ class CGLoRAOptimizer(Optimizer):
 
     Build it before ``torch.compile`` compiles the model: hooks registered later never
     run.  The hooks stay on the model until :meth:`remove_hooks`, or leave the ``with``
-    block when the optimizer is used as a context manager.
+    block when the optimizer is used as a context manager.  A numerical failure is absorbed,
+    counted in :meth:`diagnostics` and warned about once per kind.
+
+    ``copy.deepcopy`` and ``pickle`` work on the model and its optimizer *together*, e.g. as
+    a tuple: the copied optimizer then trains the copied model.  A copied model alone is
+    not observed by the original optimizer.
 
     Args:
         model_or_params: A module (all its trainable parameters), or parameters, named
@@ -104,21 +108,21 @@ class CGLoRAOptimizer(Optimizer):
             groups = arguments.as_groups(model_or_params)
         arguments.check_parameters(groups)
         declared = tuple(pairs)
-        found = arguments.discover(model, declared) if curvature is not None else Discovery((), {})
-        arguments.check_not_empty(groups, model)
-
         self._model = model
         self._declared = declared
         self._representation = curvature
-        self._left_out = dict(found.left_out)
+        self._left_out: dict[str, str] = {}
         self._pairs: list[LoRAPair] = []
-        self._events: Counter[str] = Counter()
-        # Counted on the device: reading it each step would wait for a GPU.
-        self._skipped_pairs: dict[torch.device, Tensor] = {}
+        self._events = events.EventCounter()
         self._observer: CurvatureObserver | None = None
         self._store = CurvatureStore(self._pairs, curvature or "auto")
         self._warned_unobserved = False
+        found = self._discover()
+        arguments.check_not_empty(groups, model)
+        # Pairs are adopted once all groups are known.
+        self._constructed = False
         super().__init__(groups, defaults)
+        self._constructed = True
         self._adopt(found)
         if model is None and not declared and curvature is not None:
             warnings.warn(
@@ -151,11 +155,16 @@ class CGLoRAOptimizer(Optimizer):
             return
         arguments.check_group({**self.defaults, **group})
         arguments.check_parameters([group], known=self._parameters())
-        constructed = bool(self.param_groups)
+        found = self._discover() if self._constructed else None
         super().add_param_group(group)
-        group["steps_taken"] = self.param_groups[0].get("steps_taken", 0)
-        if constructed and hasattr(self, "_ready"):
-            self._adopt(arguments.discover(self._model, self._declared))
+        self.param_groups[-1]["steps_taken"] = self._steps_taken()
+        if found is not None:
+            self._adopt(found)
+
+    def _discover(self) -> Discovery:
+        if self._representation is None:
+            return Discovery((), {})
+        return arguments.discover(self._model, self._declared)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -163,6 +172,7 @@ class CGLoRAOptimizer(Optimizer):
     def _adopt(self, found: Discovery) -> None:
         """Take over the pairs whose two factors are both among the parameters."""
         mine = {id(p) for p in self._parameters()}
+        self._left_out = dict(found.left_out)
         known = {id(pair.A) for pair in self._pairs}
         for pair in found.pairs:
             if id(pair.A) in known:
@@ -171,14 +181,22 @@ class CGLoRAOptimizer(Optimizer):
             strided = any(p.ndim > 2 and not p.is_contiguous() for p in (pair.A, pair.B))
             if not missing and not strided:
                 self._pairs.append(pair)
+                for parameter in (pair.A, pair.B):
+                    self._factor_state_of_plain(parameter)
             elif len(missing) < 2:
                 reason = "not contiguous" if strided else f"{missing[0]} is not being optimised"
                 self._left_out[pair.name] = reason
-        if self._observer is not None:
-            self._observer.remove()
-        if self._pairs:
-            self._observer = CurvatureObserver(self._pairs, self._store.consume)
-        self._ready = True
+        if self._observer is None:
+            self._observe()
+        elif self._observer.active:
+            self._observer.watch(self._pairs)
+
+    def _observe(self) -> None:
+        if any(pair.observed for pair in self._pairs):
+            self._observer = CurvatureObserver(
+                self._pairs, self._store.consume, self._store.discard_pair
+            )
+            self._schedule_collection()
 
     def remove_hooks(self) -> None:
         """Take every hook off the model; training can go on with the last curvature."""
@@ -227,8 +245,7 @@ class CGLoRAOptimizer(Optimizer):
             if pair.A.grad is not None or pair.B.grad is not None
         ]
         for skipped in step_pairs(work):
-            count = self._skipped_pairs.get(skipped.device, 0)
-            self._skipped_pairs[skipped.device] = count + skipped.sum()
+            self._events.add(events.PAIR_SKIPPED, skipped.sum())
         self._step_others()
         self._count_step()
         return loss
@@ -238,10 +255,11 @@ class CGLoRAOptimizer(Optimizer):
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
+            if grad.layout != torch.strided:
                 raise GradientError(
-                    f"parameter {index} (shape {tuple(parameter.shape)}) has a sparse gradient; "
-                    "use dense gradients (sparse=False in the embedding) or SparseAdam for it"
+                    f"parameter {index} (shape {tuple(parameter.shape)}) has a sparse gradient "
+                    f"({grad.layout}); use dense gradients (sparse=False in the embedding) or "
+                    "SparseAdam for it"
                 )
             if grad.is_complex():
                 raise GradientError(f"parameter {index} has a complex gradient ({grad.dtype})")
@@ -249,16 +267,22 @@ class CGLoRAOptimizer(Optimizer):
     def _fold_in_curvature(self) -> None:
         if self._observer is None or not self._observer.active or not self._observer.collecting:
             return
-        self._observer.flush()
-        self._warn_if_unobserved()
-        failures = self._store.update()
-        self._events["curvature update dropped"] += failures
+        heard = self._observer.flush()
+        self._warn_if_unobserved(heard)
+        self._events.add(events.CURVATURE_DROPPED, self._store.update())
+        self._link_curvature()
 
-    def _warn_if_unobserved(self) -> None:
+    def _link_curvature(self) -> None:
+        """Point the saved state to the live tensors, which sharing may have replaced."""
+        for index, pair in enumerate(self._pairs):
+            if pair.observed and pair.A in self.state:
+                self.state[pair.A].update(self._store.state(index))
+
+    def _warn_if_unobserved(self, heard: set[int]) -> None:
         silent = [
             pair.name
             for index, pair in enumerate(self._pairs)
-            if pair.observed and index not in self._store.seen and pair.B.grad is not None
+            if pair.observed and index not in heard and pair.B.grad is not None
         ]
         if silent and not self._warned_unobserved and self._steps_taken() > 0:
             self._warned_unobserved = True
@@ -272,8 +296,7 @@ class CGLoRAOptimizer(Optimizer):
 
     def _pair_work(self, index: int, pair: LoRAPair, group_of: dict[int, Group]) -> PairWork:
         state_a, state_b = self._factor_state(pair.A), self._factor_state(pair.B)
-        if pair.observed:
-            # The store may have replaced a shared curvature by a copy.
+        if pair.observed and not any(name.startswith(STATE_PREFIX) for name in state_a):
             state_a.update(self._store.state(index))
         group_a, group_b = group_of[id(pair.A)], group_of[id(pair.B)]
         values = pair.as_matrices(pair.A, pair.B)
@@ -301,8 +324,8 @@ class CGLoRAOptimizer(Optimizer):
             self._store.damped(index, group_a["damping"]),
         )
 
-    def _factor_state(self, parameter: Tensor) -> Group:
-        state: Group = self.state[parameter]
+    def _factor_state(self, parameter: Tensor, state: Group | None = None) -> Group:
+        state = self.state[parameter] if state is None else state
         if not state:
             # At least float32: the moments of bf16 adapters would lose small gradients.
             dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -311,42 +334,25 @@ class CGLoRAOptimizer(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         return state
 
+    def _factor_state_of_plain(self, parameter: Tensor) -> None:
+        """Bring the state of a parameter that AdamW stepped so far into a factor's form."""
+        if parameter not in self.state:
+            return
+        state, before = self._factor_state(parameter, {}), self.state[parameter]
+        for name, value in state.items():
+            value.copy_(before[name])
+        self.state[parameter] = state
+
     def _step_others(self) -> None:
         """torch.optim's own AdamW for everything that is in no pair."""
         paired = {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and id(p) not in paired]
-            finite = [p for p in params if bool(torch.isfinite(p.grad).all())]
-            self._events["parameter skipped"] += len(params) - len(finite)
-            if not finite:
-                continue
-            for parameter in finite:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            states = [self.state[p] for p in finite]
-            adamw(
-                finite,
-                [p.grad for p in finite],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                # torch refuses a tensor lr in the multi-tensor version.
-                foreach=False if isinstance(group["lr"], Tensor) else None,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            for skipped in step_plain(params, [self.state[p] for p in params], group):
+                self._events.add(events.PARAMETER_SKIPPED, skipped)
 
     def _steps_taken(self) -> int:
-        return int(self.param_groups[0].get("steps_taken", 0))
+        return int(self.param_groups[0].get("steps_taken", 0)) if self.param_groups else 0
 
     def _count_step(self) -> None:
         taken = self._steps_taken() + 1
@@ -362,42 +368,89 @@ class CGLoRAOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Group) -> None:
-        """Restore what ``state_dict()`` returned, bit for bit and in its own precision.
+        """Restore what ``state_dict()`` returned, bit for bit.
+
+        Unlike in ``torch.optim``, the state of bf16 and fp16 LoRA factors keeps its
+        float32 precision, and a state dict that does not fit is refused as a whole.
+        Statistics of a backward without a step are dropped.
 
         Raises:
             StateError: If the state is damaged or belongs to another model; the
                 optimizer is unchanged then.
         """
-        checkpoint.check(state_dict, self.param_groups, self._expected_state())
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, which would round the float32
-        # state of bf16 adapters; put back the saved values.
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        saved = {
-            id(p): state_dict["state"].get(i, {})
-            for i, p in zip(indices, self._parameters(), strict=True)
-        }
-        for pair in self._pairs:
-            for parameter in (pair.A, pair.B):
-                for name, value in saved[id(parameter)].items():
-                    if not name.startswith(STATE_PREFIX):
-                        mine = self._factor_state(parameter)[name]
-                        restored = value.detach().to(mine.device, copy=True)
-                        self.state[parameter][name] = restored
-        self._store.load_state(
-            {
-                index: {
-                    name: value
-                    for name, value in saved[id(pair.A)].items()
-                    if name.startswith(STATE_PREFIX)
-                }
-                for index, pair in enumerate(self._pairs)
-                if pair.observed and saved[id(pair.A)]
-            }
+        # As hooks of torch's own method: after the user's hooks that adapt a state dict,
+        # and before those that look at the result.
+        incoming: list[Group] = []
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, given: self._check(given, incoming)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._restore_precision(incoming[0]), prepend=True
+            ),
         )
+        try:
+            checkpoint.check_is_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check(self, state_dict: Group, incoming: list[Group]) -> None:
+        checkpoint.check(state_dict, self.param_groups, self._expected_state())
+        checkpoint.check_pairs_complete(state_dict, self._positions_of_pairs())
+        incoming.append(state_dict)
+
+    def _restore_precision(self, state_dict: Group) -> None:
+        """Replace what torch has cast to the dtype of the parameters."""
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        state = state_dict["state"]
+        curvatures: dict[int, dict[str, Tensor]] = {}
+        for index, (pair, places) in enumerate(
+            zip(self._pairs, self._positions_of_pairs(), strict=True)
+        ):
+            for parameter, place in zip((pair.A, pair.B), places, strict=True):
+                saved = state.get(indices[place])
+                if saved is None:
+                    continue
+                mine = self.state[parameter] = self._factor_state(parameter, {})
+                for name, value in mine.items():
+                    value.copy_(saved[name])
+                if pair.observed and parameter is pair.A:
+                    curvatures[index] = {
+                        name: value for name, value in saved.items() if name not in mine
+                    }
+        self._store.load_state(curvatures)
+        self._link_curvature()
         if self._observer is not None:
             self._observer.discard()
         self._schedule_collection()
+
+    def _positions_of_pairs(self) -> list[tuple[int, int]]:
+        """For each pair the positions of A and B among all parameters."""
+        position = {id(p): i for i, p in enumerate(self._parameters())}
+        return [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
+
+    def __getstate__(self) -> Group:
+        names = ("_model", "_declared", "_representation", "_left_out", "_pairs", "_store")
+        active = self._observer is not None and self._observer.active
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in names},
+            "_hooks_wanted": active or self._observer is None,
+        }
+
+    def __setstate__(self, state: Group) -> None:
+        state = dict(state)
+        wanted = state.pop("_hooks_wanted", None)
+        super().__setstate__(state)
+        if wanted is None:  # load_state_dict, not a copy
+            return
+        self._events = events.EventCounter()
+        self._observer = None
+        self._warned_unobserved = False
+        self._constructed = True
+        self._observe()
+        if not wanted:
+            self.remove_hooks()
 
     def _expected_state(self) -> dict[int, dict[str, tuple[int, ...]]]:
         adam = ("exp_avg", "exp_avg_sq")
@@ -419,6 +472,10 @@ class CGLoRAOptimizer(Optimizer):
         return render_summary(self._pairs, self.param_groups, self._left_out, self._model, held)
 
     def diagnostics(self) -> dict[str, int]:
-        """Counts of numerical events so far; everything zero in a healthy run."""
-        skipped = sum(int(count) for count in self._skipped_pairs.values())
-        return {"pair skipped": skipped, **self._events}
+        """Counts of numerical events so far; everything zero in a healthy run.
+
+        Keys: ``"pair skipped"`` and ``"parameter skipped"`` (gradients that were not
+        finite), ``"curvature update dropped"`` (inputs that were not finite).  Waits for
+        the GPU, unlike :meth:`step`.
+        """
+        return self._events.counts()

@@ -1,0 +1,89 @@
+"""AdamW for the parameters that are in no pair: torch.optim's own functional version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+State = dict[str, Any]
+
+
+def step_plain(
+    parameters: Sequence[Tensor], states: Sequence[State], group: Mapping[str, Any]
+) -> list[Tensor]:
+    """Step parameters of one group in place exactly as ``torch.optim.AdamW`` would.
+
+    A parameter whose gradient is not finite is left alone together with its state.
+
+    Args:
+        parameters: Parameters with a gradient.
+        states: Their states; filled here at a parameter's first step.
+        group: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+
+    Returns:
+        For each device the number of parameters left alone, as a 0-dimensional tensor
+        on that device.
+    """
+    on_cpu: list[tuple[Tensor, State]] = []
+    skipped: dict[torch.device, Tensor] = {}
+    for parameter, state in zip(parameters, states, strict=True):
+        if parameter.grad is None:
+            continue
+        _initialise(parameter, state)
+        unusable = ~torch.isfinite(parameter.grad).all()
+        before = skipped.get(parameter.device)
+        skipped[parameter.device] = unusable.long() if before is None else before + unusable
+        if parameter.device.type != "cpu":
+            # The kernel itself leaves the parameter alone: nobody waits for the GPU.
+            state["step"] = state["step"].to(parameter.device)
+            _adamw([parameter], [state], group, fused=True, found_inf=unusable.float())
+        elif not bool(unusable):
+            on_cpu.append((parameter, state))
+    if on_cpu:
+        _adamw([p for p, _ in on_cpu], [s for _, s in on_cpu], group)
+    return list(skipped.values())
+
+
+def _initialise(parameter: Tensor, state: State) -> None:
+    if not state:
+        # As torch.optim.AdamW, whatever the default dtype is.
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _adamw(
+    parameters: list[Tensor],
+    states: list[State],
+    group: Mapping[str, Any],
+    *,
+    fused: bool | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    lr = group["lr"]
+    if fused and isinstance(lr, Tensor):
+        # The kernel reads the learning rate on the device of its parameters.
+        lr = lr.to(parameters[0].device, torch.float32)
+    adamw(
+        parameters,
+        [p.grad for p in parameters],  # type: ignore[misc]
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        # torch refuses a tensor lr in the multi-tensor version.
+        foreach=False if isinstance(lr, Tensor) or fused else None,
+        fused=fused,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
