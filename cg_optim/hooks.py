@@ -60,7 +60,16 @@ class _Save(torch.autograd.Function):
 class _Capture:
     """One input tensor in one forward pass and the pairs that consume it."""
 
-    __slots__ = ("__weakref__", "_mask", "_node", "_waiting", "_x", "generation", "pair_indices")
+    __slots__ = (
+        "__weakref__",
+        "_mask",
+        "_node",
+        "_waiting",
+        "_x",
+        "generation",
+        "pair_indices",
+        "started_at",
+    )
 
     def __init__(self, x: Tensor, generation: int) -> None:
         anchor = torch.empty(0, requires_grad=True)
@@ -72,6 +81,7 @@ class _Capture:
         self._mask: Tensor | None = None
         self._waiting = 0
         self.generation = generation
+        self.started_at = 0
         self.pair_indices: list[int] = []
 
     @property
@@ -149,7 +159,8 @@ class _AccumulationHook:
     def __call__(self, parameter: Tensor) -> None:
         observer = self._observer() if self._observer is not None else None
         if observer is not None and observer.collecting and parameter.grad is not None:
-            observer._versions[self._pair_index] = parameter.grad._version
+            observer._clock += 1
+            observer._accumulated[self._pair_index] = (parameter.grad._version, observer._clock)
 
 
 class _ModuleHook:
@@ -191,8 +202,10 @@ class CurvatureObserver:
         self.collecting = True
         self._consumer = consumer
         self._discarder = discarder
-        # Version of B.grad right after the latest backward, since the last flush.
-        self._versions: dict[int, int] = {}
+        # For pairs with a backward since the last flush: the version of B.grad right
+        # after it, and when that was, counted in gradients accumulated.
+        self._accumulated: dict[int, tuple[int, int]] = {}
+        self._clock = 0
         # Pairs whose output got a gradient since the last flush.
         self._heard: set[int] = set()
         # Captures made before the last discard are void.
@@ -252,7 +265,7 @@ class CurvatureObserver:
     def discard(self) -> None:
         """Forget captures that wait for gradients (they stay inert if those arrive later)."""
         self._generation += 1
-        self._versions.clear()
+        self._accumulated.clear()
         self._heard.clear()
         self._inputs.clear()
         self._captures.clear()
@@ -262,17 +275,19 @@ class CurvatureObserver:
         """Before a step: hand over inputs of which only some consumers got a gradient.
 
         Returns:
-            The pairs whose hooks saw a gradient since the last flush.
+            The observed pairs to whose B a gradient was added since the last flush
+            without their hooks seeing one.
         """
-        for index in list(self._versions):
-            if index in self._versions and self._factors[index].grad is None:
+        for index in list(self._accumulated):
+            if index in self._accumulated and self._factors[index].grad is None:
                 self._forget(index)
-        self._versions.clear()
+        bypassed = self._accumulated.keys() - self._heard
+        self._accumulated.clear()
+        self._heard.clear()
         for capture in list(self._pending.values()):
             self._hand_over(capture)
         self._captures.clear()
-        heard, self._heard = self._heard, set()
-        return heard
+        return bypassed
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -331,6 +346,8 @@ class CurvatureObserver:
         with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
             if self._was_zeroed(pair_index):
                 self._forget(pair_index)
+            if not capture.started:
+                capture.started_at = self._clock
             complete = capture.gradient_arrived(grad_out)
             if complete:
                 self._hand_over(capture)
@@ -339,9 +356,9 @@ class CurvatureObserver:
 
     def _was_zeroed(self, pair_index: int) -> bool:
         """Whether the gradient was zeroed since this pair's latest backward."""
-        version = self._versions.get(pair_index)
-        if version is None:
+        if pair_index not in self._accumulated:
             return False
+        version, _ = self._accumulated[pair_index]
         grad = self._factors[pair_index].grad
         # zero_grad(set_to_none=False) and unscaling write in place.  Looking at the values
         # waits for a GPU, but only between a step that was left out and the next one.
@@ -349,13 +366,14 @@ class CurvatureObserver:
 
     def _forget(self, pair_index: int) -> None:
         """Drop what was captured and consumed for a pair since the last flush."""
+        _, accumulated_at = self._accumulated.pop(pair_index)
         for key, capture in list(self._pending.items()):
-            if pair_index in capture.pair_indices:
+            # A capture started since then belongs to the backward now running.
+            if pair_index in capture.pair_indices and capture.started_at < accumulated_at:
                 capture.release()
                 del self._pending[key]
         for index in self._discarder(pair_index):
-            self._versions.pop(index, None)
-        self._versions.pop(pair_index, None)
+            self._accumulated.pop(index, None)
 
     def _hand_over(self, capture: _Capture) -> None:
         self._pending.pop(id(capture), None)

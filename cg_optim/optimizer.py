@@ -267,8 +267,7 @@ class CGLoRAOptimizer(Optimizer):
     def _fold_in_curvature(self) -> None:
         if self._observer is None or not self._observer.active or not self._observer.collecting:
             return
-        heard = self._observer.flush()
-        self._warn_if_unobserved(heard)
+        self._warn_if_bypassed(self._observer.flush())
         self._events.add(events.CURVATURE_DROPPED, self._store.update())
         self._link_curvature()
 
@@ -278,18 +277,14 @@ class CGLoRAOptimizer(Optimizer):
             if pair.observed and pair.A in self.state:
                 self.state[pair.A].update(self._store.state(index))
 
-    def _warn_if_unobserved(self, heard: set[int]) -> None:
-        silent = [
-            pair.name
-            for index, pair in enumerate(self._pairs)
-            if pair.observed and index not in heard and pair.B.grad is not None
-        ]
-        if silent and not self._warned_unobserved and self._steps_taken() > 0:
+    def _warn_if_bypassed(self, bypassed: set[int]) -> None:
+        if bypassed and not self._warned_unobserved:
             self._warned_unobserved = True
             warnings.warn(
-                f"{len(silent)} LoRA pair(s) get gradients but their hooks see nothing, e.g. "
-                f"{silent[0]!r}: a fused kernel or a model compiled before the optimizer was "
-                "built bypasses the module; they are stepped without input curvature",
+                f"{len(bypassed)} LoRA pair(s) get gradients but their hooks see nothing, e.g. "
+                f"{self._pairs[min(bypassed)].name!r}: a fused kernel or a model compiled before "
+                "the optimizer was built bypasses the module; they are stepped without input "
+                "curvature",
                 UnobservedPairWarning,
                 stacklevel=4,
             )
