@@ -1,0 +1,298 @@
+"""What the hooks collect: the right rows, once, whatever way the model is run."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cg_optim import CGLoRAOptimizer
+from tests.models import (
+    LoRALinear,
+    assert_close,
+    assert_equal,
+    batch,
+    curvature_state,
+    loss_of,
+    parameters_of,
+    snapshot,
+    tagger,
+    train,
+)
+
+N, M = 6, 5
+
+
+def layer(seed: int = 0, **arguments: Any) -> LoRALinear:
+    torch.manual_seed(seed)
+    return LoRALinear(N, M, **arguments)
+
+
+def wrapped(*layers: nn.Module) -> nn.ModuleList:
+    return nn.ModuleList(layers)
+
+
+def gram(optimizer: CGLoRAOptimizer, of: LoRALinear) -> Tensor:
+    return optimizer.state[of.lora_A.weight]["input_gram"]
+
+
+def mean_gram(*inputs: Tensor) -> Tensor:
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+    return rows.T @ rows / len(rows)
+
+
+# ------------------------------------------------------------------ which rows count
+
+
+@pytest.mark.parametrize("shape", [(N,), (7, N), (2, 3, N), (2, 1, 3, N)])
+def test_the_mean_over_all_rows_of_any_shape(shape: tuple[int, ...]) -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x = torch.randn(shape)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+
+
+def test_rows_without_gradient_are_left_out() -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x = torch.randn(4, 3, N)
+    one(x)[:, :2].square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x[:, :2]))
+
+
+def test_a_module_used_twice_adds_up() -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x, y = torch.randn(4, N), torch.randn(3, N)
+    (one(x).square().sum() + one(y).square().sum()).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x, y))
+
+
+def test_the_same_input_used_twice_by_one_module_counts_twice() -> None:
+    one = layer(p=0.5)
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x, y = torch.randn(4, N), torch.randn(3, N)
+    (one(x).square().sum() + one(x).sin().sum() + one(y).square().sum()).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x, x, y))
+
+
+def test_an_input_written_to_between_two_layers_is_two_inputs() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two), curvature="dense")
+    x = torch.randn(4, N)
+    before = x.clone()
+    one(before).square().sum().backward()
+    before.mul_(3.0)
+    two(before).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+    assert_close(gram(optimizer, two), mean_gram(3 * x))
+
+
+def test_dropout_on_the_lora_path_does_not_reach_the_statistics() -> None:
+    one = layer(p=0.5)
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x = torch.randn(40, N)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+
+
+def test_a_shared_input_counts_a_row_if_any_consumer_has_a_gradient_there() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    x = torch.randn(6, N)
+    (one(x)[:2].square().sum() + two(x)[1:4].square().sum()).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x[:4]))
+    assert gram(optimizer, one).data_ptr() == gram(optimizer, two).data_ptr()
+
+
+def test_a_consumer_without_gradient_does_not_hold_up_the_others() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    x = torch.randn(6, N)
+    unused = two(x)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert unused.requires_grad
+    assert_close(gram(optimizer, one), mean_gram(x))
+
+
+def test_pairs_that_part_ways_keep_their_own_statistics() -> None:
+    one, two = layer(), layer(1)
+    apart_one, apart_two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two), lr=1e-2)
+    first = CGLoRAOptimizer(wrapped(apart_one), lr=1e-2)
+    second = CGLoRAOptimizer(wrapped(apart_two), lr=1e-2)
+    for step in range(3):
+        x, y = torch.randn(6, N), torch.randn(4, N)
+        y = x if step == 0 else y
+        (one(x).square().mean() + two(y).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for each, module, value in ((first, apart_one, x), (second, apart_two, y)):
+            module(value).square().mean().backward()
+            each.step()
+            each.zero_grad()
+    assert_close(parameters_of(wrapped(one, two)), parameters_of(wrapped(apart_one, apart_two)))
+    assert not torch.allclose(gram(optimizer, one), gram(optimizer, two))
+
+
+def test_tokens_routed_to_no_expert_are_no_rows() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    x = torch.randn(6, N)
+    (one(x).square().sum() + two(x[:0]).square().sum()).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+    assert not gram(optimizer, two).any()
+    assert optimizer.diagnostics() == dict.fromkeys(optimizer.diagnostics(), 0)
+
+
+def test_inputs_computed_in_inference_mode() -> None:
+    """Frozen features, computed once; dropout makes ordinary tensors of them."""
+    one = layer(p=0.25)
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    with torch.inference_mode():
+        x = torch.randn(4, N)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x.clone()))
+
+
+# ------------------------------------------------------------- passes without a trace
+
+
+def test_eval_no_grad_and_inference_passes_leave_no_trace() -> None:
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    for step in range(3):
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                loss_of(model.eval(), batch(50))
+        loss_of(model, batch(51))  # with grad, but no backward
+        train(model.train(), optimizer, [step])
+        train(reference, other, [step])
+    assert_equal(snapshot(model, optimizer), snapshot(reference, other))
+
+
+def test_a_failed_forward_leaves_no_trace() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one), lr=1e-2)
+    x = torch.randn(4, N)
+    reference = weakref.ref(x)
+    healthy, one.lora_dropout = one.lora_dropout, Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one(x)
+    one.lora_dropout = healthy
+    del x
+    gc.collect()
+    assert reference() is None
+    y = torch.randn(4, N)
+    one(y).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(y))
+
+
+def test_a_gradient_taken_without_accumulating_leaves_no_trace_when_nothing_is_stepped() -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one), lr=1e-2)
+    before = parameters_of(one)
+    torch.autograd.grad(one(torch.randn(4, N)).square().sum(), one.lora_B.weight)
+    optimizer.step()
+    assert_equal(parameters_of(one), before)
+
+
+# ---------------------------------------------------- statistics live with the gradient
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("missed", [1, 2])
+def test_a_zeroed_gradient_takes_its_statistics_along(set_to_none: bool, missed: int) -> None:
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    for step in range(4):
+        for skipped in range(missed):
+            loss_of(model, batch(60 + skipped)).backward()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        train(model, optimizer, [step])
+        train(reference, other, [step])
+    assert_equal(snapshot(model, optimizer), snapshot(reference, other))
+
+
+def test_a_zeroed_gradient_of_a_layer_unused_in_the_next_step() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    (one(torch.randn(3, N)).sum() + two(torch.full((3, N), torch.inf)).sum()).backward()
+    optimizer.zero_grad()
+    x = torch.randn(4, N)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+    assert optimizer.diagnostics()["curvature update dropped"] == 0
+
+
+def test_a_partly_used_input_of_a_zeroed_gradient_is_forgotten() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    x, y = torch.randn(6, N), torch.randn(4, N)
+    unused = two(x)
+    one(x).square().sum().backward()
+    optimizer.zero_grad()
+    (one(y) + two(y)).square().sum().backward()
+    optimizer.step()
+    assert unused is not None
+    assert_close(gram(optimizer, one), mean_gram(y))
+
+
+@pytest.mark.parametrize("split", [[4, 4], [2, 2, 2, 2], [5, 3], [7, 1]])
+def test_micro_batches_equal_the_whole_batch(split: list[int]) -> None:
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    for step in range(4):
+        data = batch(step, rows=8, padded=True)
+        tokens = int((data[2] != -100).sum())
+        for part in zip(*(tensor.split(split) for tensor in data), strict=True):
+            (loss_of(model, part, "sum") / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        train(reference, other, [step], rows=8, padded=True)
+    assert_close(parameters_of(model), parameters_of(reference), rtol=1e-3, atol=1e-5)
+    assert_close(curvature_state(model, optimizer), curvature_state(reference, other), rtol=1e-3)
+
+
+def test_clipping_between_micro_batches_keeps_their_statistics() -> None:
+    """Writing into .grad is not zeroing it."""
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x, y = torch.randn(4, N), torch.randn(3, N)
+    for part in (x, y):
+        one(part).square().sum().backward()
+        nn.utils.clip_grad_norm_(one.parameters(), 1e-3)
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x, y))
+
+
+def test_a_retained_graph_run_twice_neither_fails_nor_counts_twice() -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x = torch.randn(4, N)
+    loss = one(x).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
