@@ -17,7 +17,8 @@ def step_plain(
 ) -> list[Tensor]:
     """Step parameters of one group in place exactly as ``torch.optim.AdamW`` would.
 
-    A parameter whose gradient is not finite is left alone together with its state.
+    A parameter whose gradient or its square is not finite is left alone together with its
+    state.
 
     Args:
         parameters: Parameters with a gradient.
@@ -34,7 +35,8 @@ def step_plain(
         if parameter.grad is None:
             continue
         _initialise(parameter, state)
-        unusable = ~torch.isfinite(parameter.grad).all()
+        # The square, because it goes into the second moment and may overflow.
+        unusable = ~torch.isfinite(parameter.grad.square()).all()
         before = skipped.get(parameter.device)
         skipped[parameter.device] = unusable.long() if before is None else before + unusable
         if parameter.device.type != "cpu":
