@@ -40,9 +40,7 @@ def step_plain(
         before = skipped.get(parameter.device)
         skipped[parameter.device] = unusable.long() if before is None else before + unusable
         if parameter.device.type != "cpu":
-            # The kernel itself leaves the parameter alone: nobody waits for the GPU.
-            state["step"] = state["step"].to(parameter.device)
-            _adamw([parameter], [state], group, fused=True, found_inf=unusable.float())
+            step_unless(unusable, parameter, state, group)
         elif not bool(unusable):
             on_cpu.append((parameter, state))
     if on_cpu:
@@ -50,10 +48,22 @@ def step_plain(
     return list(skipped.values())
 
 
+def step_unless(
+    unusable: Tensor, parameter: Tensor, state: State, group: Mapping[str, Any]
+) -> None:
+    """Step one parameter unless a boolean on its device is True, without looking at it.
+
+    The kernel that ``AdamW(fused=True)`` uses leaves parameter and state alone if told
+    so by ``GradScaler``'s flag; nobody waits for the GPU.
+    """
+    state["step"] = state["step"].to(parameter.device)  # moves once, after loading
+    _adamw([parameter], [state], group, fused=True, found_inf=unusable.float())
+
+
 def _initialise(parameter: Tensor, state: State) -> None:
     if not state:
-        # As torch.optim.AdamW, whatever the default dtype is.
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        # Not in the default dtype: in bfloat16 the count would stop at 256.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
@@ -68,8 +78,7 @@ def _adamw(
 ) -> None:
     lr = group["lr"]
     if fused and isinstance(lr, Tensor):
-        # The kernel reads the learning rate on the device of its parameters.
-        lr = lr.to(parameters[0].device, torch.float32)
+        lr = lr.float()  # the kernel reads nothing else
     adamw(
         parameters,
         [p.grad for p in parameters],  # type: ignore[misc]

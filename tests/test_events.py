@@ -1,0 +1,43 @@
+"""Counting and warning, on the host and for counts that arrive later."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from cg_optim.errors import NumericalWarning
+from cg_optim.events import CURVATURE_DROPPED, MEANING, PAIR_SKIPPED, EventCounter
+
+
+def test_counts_numbers_and_tensors() -> None:
+    events = EventCounter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        events.add(PAIR_SKIPPED, 0)
+        events.add(PAIR_SKIPPED, torch.tensor(0))
+    assert events.counts() == dict.fromkeys(MEANING, 0)
+    with pytest.warns(NumericalWarning, match="LoRA pair"):
+        events.add(PAIR_SKIPPED, torch.tensor(2))
+    with pytest.warns(NumericalWarning, match="inputs of a layer"):
+        events.add(CURVATURE_DROPPED, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        events.add(PAIR_SKIPPED, 3)
+    assert events.counts() == {**dict.fromkeys(MEANING, 0), PAIR_SKIPPED: 5, CURVATURE_DROPPED: 1}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_counting_on_a_gpu_does_not_wait_for_it() -> None:
+    events = EventCounter()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        events.add(PAIR_SKIPPED, torch.ones((), dtype=torch.int64, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with pytest.warns(NumericalWarning):
+        events.add(PAIR_SKIPPED, torch.ones((), dtype=torch.int64, device="cuda"))
+    assert events.counts()[PAIR_SKIPPED] == 2
