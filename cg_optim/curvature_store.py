@@ -86,7 +86,8 @@ class CurvatureStore:
                 curvature = self._curvature_of[index]
             receiving[id(curvature)] = curvature
         for curvature in receiving.values():
-            curvature.accumulate(rows, mask)
+            # nn.DataParallel brings rows from other devices.
+            curvature.accumulate(rows.to(curvature.device), mask.to(curvature.device))
 
     def _split(self, curvature: InputCurvature, together: set[int]) -> None:
         """Give the members of ``curvature`` inside ``together`` a copy, if others remain."""

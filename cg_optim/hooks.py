@@ -26,6 +26,7 @@ Four rules come from how autograd is used in practice:
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -211,7 +212,10 @@ class CurvatureObserver:
         # Captures made before the last discard are void.
         self._generation = 0
         self._handles: list[RemovableHandle] = []
-        self._inputs: dict[int, Tensor] = {}
+        # By module and thread: nn.DataParallel runs replicas of one module at once.
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        # Autograd has a thread for each device.
+        self._lock = threading.RLock()
         self._captures: dict[int, tuple[weakref.ref[Tensor], int, weakref.ref[_Capture]]] = {}
         self._pending: dict[int, _Capture] = {}
         self.watch(pairs)
@@ -305,17 +309,17 @@ class CurvatureObserver:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
                 if value.shape[-1] == n:
-                    self._inputs[module_id] = value
+                    self._inputs[module_id, threading.get_ident()] = value
                 return
 
     def _on_exit(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
-        self._inputs.pop(module_id, None)
+        self._inputs.pop((module_id, threading.get_ident()), None)
 
     def _on_output(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
         if not isinstance(output, Tensor) or not output.requires_grad or output.ndim == 0:
             return
         for index in self._pairs_by_output[module_id]:
-            x = self._inputs.get(self._input_of[index])
+            x = self._inputs.get((self._input_of[index], threading.get_ident()))
             if x is None or x.shape[:-1] != output.shape[:-1]:
                 continue
             capture = self._capture_of(x, index)
@@ -343,9 +347,14 @@ class CurvatureObserver:
             capture.release()
             return
         self._heard.add(pair_index)
-        with torch.no_grad(), torch.autocast(grad_out.device.type, enabled=False):
+        device = grad_out.device.type
+        with self._lock, torch.no_grad(), torch.autocast(device, enabled=False):
             if self._was_zeroed(pair_index):
                 self._forget(pair_index)
+                # Whoever zeroed this gradient hardly left the others.
+                for other in list(self._accumulated):
+                    if self._was_zeroed(other):
+                        self._forget(other)
             if not capture.started:
                 capture.started_at = self._clock
             complete = capture.gradient_arrived(grad_out)

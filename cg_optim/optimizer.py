@@ -439,6 +439,8 @@ class CGLoRAOptimizer(Optimizer):
         super().__setstate__(state)
         if wanted is None:  # load_state_dict, not a copy
             return
+        # Copies of parameters have no gradient, so neither have they its statistics.
+        self._store.discard()
         self._events = events.EventCounter()
         self._observer = None
         self._warned_unobserved = False
