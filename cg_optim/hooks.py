@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cg_optim.capture import Capture
 from cg_optim.pairs import LoRAPair
 
 #: Receives ``x`` as ``(rows, n)``, a boolean ``(rows,)`` mask (True where a gradient
@@ -45,96 +46,12 @@ Consumer = Callable[[Tensor, Tensor, tuple[int, ...]], None]
 Discarder = Callable[[int], Collection[int]]
 
 
-class _Save(torch.autograd.Function):
-    """A node whose only purpose is to keep a tensor the way autograd keeps activations."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Capture:
-    """One input tensor in one forward pass and the pairs that consume it."""
-
-    __slots__ = (
-        "__weakref__",
-        "_mask",
-        "_node",
-        "_waiting",
-        "_x",
-        "generation",
-        "pair_indices",
-        "started_at",
-    )
-
-    def __init__(self, x: Tensor, generation: int) -> None:
-        anchor = torch.empty(0, requires_grad=True)
-        save: Any = _Save.apply  # torch leaves it without types
-        # Autograd refuses to save inference tensors (frozen features computed earlier).
-        kept = x.clone() if x.is_inference() else x.detach()
-        self._node: Any = save(anchor, kept).grad_fn
-        self._x: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._waiting = 0
-        self.generation = generation
-        self.started_at = 0
-        self.pair_indices: list[int] = []
-
-    @property
-    def started(self) -> bool:
-        """Whether a gradient arrived that was not handed over yet."""
-        return self._x is not None
-
-    def accepts(self, pair_index: int) -> bool:
-        """A pair joins once per forward; a second use of the same input counts anew."""
-        untouched = self._x is None and self._node is not None
-        return untouched and pair_index not in self.pair_indices
-
-    def add_pair(self, pair_index: int) -> None:
-        self.pair_indices.append(pair_index)
-        self._waiting += 1
-
-    def gradient_arrived(self, grad_out: Tensor) -> bool:
-        """Note the rows of ``(..., m)`` that have a gradient; True when no pair is missing."""
-        if self._x is None:
-            if self._node is None:  # a second backward through a retained graph
-                return False
-            # Reading saved tensors is what triggers recomputation under checkpointing.
-            (self._x,) = self._node.saved_tensors
-        has_gradient = (grad_out.detach() != 0).any(-1).reshape(-1)
-        self._mask = has_gradient if self._mask is None else self._mask | has_gradient
-        self._waiting -= 1
-        return self._waiting == 0
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The rows ``(rows, n)`` and their mask ``(rows,)``, released for good.
-
-        Without the release every input would stay alive until the caller drops the
-        loss, that is, through the whole next forward pass.
-        """
-        assert self._x is not None
-        assert self._mask is not None
-        # One row for an input without batch dimension.
-        rows, mask = self._x.reshape(-1, self._x.shape[-1]), self._mask
-        self.release()
-        return rows, mask
-
-    def release(self) -> None:
-        """Let go of the input; gradients that arrive later are ignored."""
-        self._x = self._mask = self._node = None
-
-
 class _TensorHook:
     """Runs when the gradient of one pair's output is known."""
 
     __slots__ = ("_capture", "_observer", "_pair_index")
 
-    def __init__(self, observer: CurvatureObserver, capture: _Capture, pair_index: int) -> None:
+    def __init__(self, observer: CurvatureObserver, capture: Capture, pair_index: int) -> None:
         self._observer = weakref.ref(observer)
         self._capture = capture
         self._pair_index = pair_index
@@ -214,10 +131,12 @@ class CurvatureObserver:
         self._handles: list[RemovableHandle] = []
         # By module and thread: nn.DataParallel runs replicas of one module at once.
         self._inputs: dict[tuple[int, int], Tensor] = {}
+        # Pairs still to use an input whose module has returned already.
+        self._missing: dict[tuple[int, int], set[int]] = {}
         # Autograd has a thread for each device.
         self._lock = threading.RLock()
-        self._captures: dict[int, tuple[weakref.ref[Tensor], int, weakref.ref[_Capture]]] = {}
-        self._pending: dict[int, _Capture] = {}
+        self._captures: dict[int, tuple[weakref.ref[Tensor], int, weakref.ref[Capture]]] = {}
+        self._pending: dict[int, Capture] = {}
         self.watch(pairs)
         # An optimizer that is dropped takes its hooks along.
         weakref.finalize(self, _remove_all, self._handles).atexit = False
@@ -251,6 +170,12 @@ class CurvatureObserver:
         for module_id, module in outputs.items():
             leave = _ModuleHook(self, "_on_output", module_id)
             self._handles.append(module.register_forward_hook(leave))
+        self._outlived = {
+            id(pair.input_module)
+            for pair in pairs
+            if pair.input_module is not None
+            and all(module is not pair.output_module for module in pair.input_module.modules())
+        }
         for module_id, module in inputs.items():
             forget = _ModuleHook(self, "_on_exit", module_id)
             # always_call: an exception in the forward must not leave an activation pinned.
@@ -272,6 +197,7 @@ class CurvatureObserver:
         self._accumulated.clear()
         self._heard.clear()
         self._inputs.clear()
+        self._missing.clear()
         self._captures.clear()
         self._pending.clear()
 
@@ -291,6 +217,8 @@ class CurvatureObserver:
         for capture in list(self._pending.values()):
             self._hand_over(capture)
         self._captures.clear()
+        self._inputs.clear()
+        self._missing.clear()
         return bypassed
 
     @contextmanager
@@ -305,28 +233,45 @@ class CurvatureObserver:
     # ------------------------------------------------------------------ forward
 
     def _on_enter(self, module_id: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        key = module_id, threading.get_ident()
+        self._drop_input(key)
         n = self._features[self._pairs_by_input[module_id][0]]
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
                 if value.shape[-1] == n:
-                    self._inputs[module_id, threading.get_ident()] = value
+                    self._inputs[key] = value
                 return
 
     def _on_exit(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
-        self._inputs.pop((module_id, threading.get_ident()), None)
+        key = module_id, threading.get_ident()
+        if module_id in self._outlived and output is not None and key in self._inputs:
+            # A's module returns before B's is called.
+            self._missing[key] = set(self._pairs_by_input[module_id])
+        else:
+            self._drop_input(key)
+
+    def _drop_input(self, key: tuple[int, int]) -> None:
+        self._inputs.pop(key, None)
+        self._missing.pop(key, None)
 
     def _on_output(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad or output.ndim == 0:
-            return
         for index in self._pairs_by_output[module_id]:
-            x = self._inputs.get((self._input_of[index], threading.get_ident()))
-            if x is None or x.shape[:-1] != output.shape[:-1]:
-                continue
+            key = self._input_of[index], threading.get_ident()
+            x = self._inputs.get(key)
+            if key in self._missing:
+                self._missing[key].discard(index)
+                if not self._missing[key]:
+                    self._drop_input(key)
+            if x is not None and isinstance(output, Tensor) and output.requires_grad:
+                self._watch_output(index, x, output)
+
+    def _watch_output(self, index: int, x: Tensor, output: Tensor) -> None:
+        if output.ndim > 0 and x.shape[:-1] == output.shape[:-1]:
             capture = self._capture_of(x, index)
             capture.add_pair(index)
             output.register_hook(_TensorHook(self, capture, index))
 
-    def _capture_of(self, x: Tensor, pair_index: int) -> _Capture:
+    def _capture_of(self, x: Tensor, pair_index: int) -> Capture:
         written = 0 if x.is_inference() else x._version
         known = self._captures.get(id(x))
         if known is not None:
@@ -336,13 +281,13 @@ class CurvatureObserver:
             same = tensor() is x and version == written
             if same and capture is not None and capture.accepts(pair_index):
                 return capture
-        capture = _Capture(x, self._generation)
+        capture = Capture(x, self._generation)
         self._captures[id(x)] = (weakref.ref(x), written, weakref.ref(capture))
         return capture
 
     # ----------------------------------------------------------------- backward
 
-    def _on_gradient(self, capture: _Capture, pair_index: int, grad_out: Tensor) -> None:
+    def _on_gradient(self, capture: Capture, pair_index: int, grad_out: Tensor) -> None:
         if not self.collecting or capture.generation != self._generation:
             capture.release()
             return
@@ -384,7 +329,7 @@ class CurvatureObserver:
         for index in self._discarder(pair_index):
             self._accumulated.pop(index, None)
 
-    def _hand_over(self, capture: _Capture) -> None:
+    def _hand_over(self, capture: Capture) -> None:
         self._pending.pop(id(capture), None)
         rows, mask = capture.take()
         self._consumer(rows, mask, tuple(capture.pair_indices))

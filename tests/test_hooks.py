@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from cg_optim import CGLoRAOptimizer
+from cg_optim import CGLoRAOptimizer, LoRAPair
 from tests.models import (
     LoRALinear,
     assert_close,
@@ -98,6 +102,42 @@ def test_an_input_written_to_between_two_layers_is_two_inputs() -> None:
     assert_close(gram(optimizer, two), mean_gram(3 * x))
 
 
+def test_a_pair_whose_modules_are_not_nested() -> None:
+    """A's own input and B's own output, as home-made layers and declared pairs have it."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(N, 2, bias=False), nn.Linear(2, M, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(functional.dropout(self.first(x * 1.0), 0.1))
+
+    torch.manual_seed(0)
+    branch = Branch()
+    pair = LoRAPair(
+        branch.first.weight,
+        branch.second.weight,
+        input_module=branch.first,
+        output_module=branch.second,
+    )
+    optimizer = CGLoRAOptimizer(branch, pairs=[pair])
+    x, y = torch.randn(4, N), torch.randn(2, 3, N)
+    (branch(x).square().sum() + branch(y).square().sum()).backward()
+    branch.first(torch.randn(3, N))  # B is not called with it
+    optimizer.step()
+    optimizer.zero_grad()
+    assert_close(optimizer.state[branch.first.weight]["input_gram"], mean_gram(x, y))
+    array = np.ones((3, N), dtype=np.float32)
+    reference = weakref.ref(array)
+    loss = branch.second(branch.first(torch.from_numpy(array))).sum()
+    del array
+    assert reference() is not None
+    loss.backward()
+    gc.collect()
+    assert reference() is None
+
+
 def test_dropout_on_the_lora_path_does_not_reach_the_statistics() -> None:
     one = layer(p=0.5)
     optimizer = CGLoRAOptimizer(wrapped(one))
@@ -168,6 +208,26 @@ def test_inputs_computed_in_inference_mode() -> None:
     one(x).square().sum().backward()
     optimizer.step()
     assert_close(gram(optimizer, one), mean_gram(x.clone()))
+
+
+def test_one_module_run_by_two_threads_at_once() -> None:
+    """As ``nn.DataParallel`` does with its replicas."""
+    both_inside = threading.Barrier(2, timeout=30)
+
+    class Meeting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            both_inside.wait()
+            return x
+
+    one = layer()
+    one.lora_dropout = Meeting()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    inputs = [torch.randn(4, N), torch.randn(4, N)]
+    with ThreadPoolExecutor(2) as threads:
+        outputs = list(threads.map(one, inputs))
+    sum(output.square().sum() for output in outputs).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(*inputs))
 
 
 # ------------------------------------------------------------- passes without a trace

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cg_optim import CGLoRAOptimizer
 from tests.models import (
@@ -150,3 +151,27 @@ def test_the_number_of_tensors_does_not_grow() -> None:
     train(model, optimizer, range(4, 30))
     loss_of(model, batch())
     assert alive() <= before
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_still_frees_the_inputs_inside_its_segments(reentrant: bool) -> None:
+    """The memory that checkpointing saves is not given away again by the hooks."""
+    references: list[weakref.ref[np.ndarray]] = []
+
+    def segment(x: Tensor) -> Tensor:
+        array = np.ones((5, 6), dtype=np.float32)
+        references.append(weakref.ref(array))
+        return layer(torch.from_numpy(array)) + x.sum()
+
+    torch.manual_seed(0)
+    layer = LoRALinear(6, 5)
+    optimizer = CGLoRAOptimizer(nn.ModuleList([layer]))
+    loss = segment(torch.ones(2, requires_grad=True)).sum()
+    gc.collect()
+    assert references.pop()() is not None  # as without checkpointing
+    loss = checkpoint(segment, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum()
+    gc.collect()
+    assert references[0]() is None
+    loss.backward()
+    optimizer.step()
+    assert int(optimizer.state[layer.lora_A.weight]["input_updates"]) == 1
