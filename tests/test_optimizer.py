@@ -1,4 +1,4 @@
-"""The public API as a torch.optim optimizer: construction, groups, closures, schedulers."""
+"""The public API as a torch.optim optimizer: construction, groups, closures, copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import NoPairsWarning, UnobservedPairWarning
@@ -248,82 +247,6 @@ def test_a_closure_that_zeroes_gradients_drops_the_backward_before_it() -> None:
     train(reference, other, range(1))
     assert_equal(parameters_of(model), parameters_of(reference))
     assert_equal(curvature_state(model, optimizer), curvature_state(reference, other))
-
-
-# ----------------------------------------------------------------------- schedulers
-
-
-Optimizer = torch.optim.Optimizer
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3], 0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 4),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 10, 2.0),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-1, 2, cycle_momentum=True),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1e-1, total_steps=8),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-}
-
-
-def test_no_scheduler_is_forgotten() -> None:
-    classes = {
-        name
-        for name, value in vars(lr_scheduler).items()
-        if isinstance(value, type)
-        and issubclass(value, lr_scheduler.LRScheduler)
-        and not name.startswith("_")
-        and name not in ("LRScheduler",)
-    }
-    assert classes == set(SCHEDULERS)
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_drives_it_like_adamw(name: str, tensor_lr: bool) -> None:
-    """``curvature=None`` is AdamW, so any difference is in how settings are read."""
-    final = []
-    for ours in (True, False):
-        model = tagger()
-        lr: Any = torch.tensor(1e-2) if tensor_lr else 1e-2
-        optimizer: Optimizer = (
-            CGLoRAOptimizer(model, lr=lr, curvature=None)
-            if ours
-            else torch.optim.AdamW(trainable(model), lr=lr)
-        )
-        scheduler = SCHEDULERS[name](optimizer)
-        for step in range(6):
-            train(model, optimizer, [step])
-            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-        final.append((parameters_of(model), optimizer.param_groups[0]["betas"]))
-    assert_equal(*final)
-
-
-@pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])
-def test_momentum_cycling_reaches_the_pairs_and_survives_saving(name: str) -> None:
-    model = tagger()
-    optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    scheduler = SCHEDULERS[name](optimizer)
-    betas = set()
-    for step in range(4):
-        betas.add(optimizer.param_groups[0]["betas"][0])
-        train(model, optimizer, [step])
-        scheduler.step()
-    assert len(betas) > 1
-    other = CGLoRAOptimizer(model, lr=1e-2)
-    other.load_state_dict(optimizer.state_dict())
-    assert_equal(other.state_dict(), optimizer.state_dict())
 
 
 # -------------------------------------------------------------- the Optimizer's rest
