@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def run_job(job: Job) -> None:
     # Ctrl-C is the parent's business: it stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     started = time.perf_counter()
     try:
         problem = works.work(job.task.work).problem(job.task)

@@ -18,7 +18,6 @@ from peft import (
     preprocess_loraga,
 )
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 from .problem import Problem
@@ -99,6 +98,9 @@ def _lora_ga(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
 
 
 def _corda(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
+    # Here, because this module of PEFT needs attrs, which PEFT does not declare.
+    from peft.tuners.lora.corda import preprocess_corda
+
     config = _config(
         problem, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm")
     )

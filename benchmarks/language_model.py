@@ -43,6 +43,7 @@ class LanguageModelRecipe:
         steps: Training steps: they, and never seconds, decide the result.
         learning_rate: Peak of the schedule (linear warm-up, linear decay to 0).
         weight_decay: Decoupled weight decay of the matrices.
+        bf16: Whether forward passes run under bfloat16 autocast.
         seed: Initial weights and order of the data.
     """
 
@@ -56,6 +57,7 @@ class LanguageModelRecipe:
     steps: int = 400
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
+    bf16: bool = False
     seed: int = 0
 
     def digest(self, text: Tensor) -> str:
@@ -146,7 +148,8 @@ def _train(
     model.train()
     for step in range(1, recipe.steps + 1):
         batch = sample_batch(text, recipe.batch_size, recipe.sequence_length, generator)
-        value = loss(model, batch)
+        with torch.autocast(text.device.type, torch.bfloat16, enabled=recipe.bf16):
+            value = loss(model, batch)
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,6 +4,6 @@ Nothing here may run tensor code: a thread pool does not survive a fork.
 """
 
 from . import execute, initialisations, methods, training
-from .works import linear
+from .works import linear, lm, nlu
 
-__all__ = ["execute", "initialisations", "linear", "methods", "training"]
+__all__ = ["execute", "initialisations", "linear", "lm", "methods", "nlu", "training"]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..cells import recipe_hash
+from ..errors import DataFileError
 from ..methods import Method
 from ..sweep import Study
 
 if TYPE_CHECKING:
     from ..problem import Problem
+
+CACHE = Path(__file__).resolve().parents[1] / "cache"
+"""Prepared data and pretrained bases; not under version control."""
+
+Report = Callable[[str, int, int], None]
 
 TRAINED = ("linear", "lm", "nlu")
 """Works that are made of training runs, in the order of their cost."""
@@ -37,6 +44,7 @@ class Task:
         extras: whether width, defaults and short budgets are measured.
         log_scale: whether losses span orders of magnitude (for plots and means).
         order: place of the task among others of its work.
+        cache: folder of what ``prepare`` makes.
     """
 
     work: str
@@ -55,11 +63,17 @@ class Task:
     extras: bool = True
     log_scale: bool = False
     order: int = 0
+    cache: Path = CACHE
 
     @property
     def recipe(self) -> str:
         """Digest of the settings."""
         return recipe_hash({"task": self.name, "device": self.device, **self.settings})
+
+    @property
+    def prepared(self) -> Path:
+        """The file that ``prepare`` leaves for the worker processes."""
+        return self.cache / f"{self.work}-{self.recipe}.pt"
 
     @property
     def folder(self) -> Path:
@@ -92,8 +106,16 @@ class Work(Protocol):
     def tasks(self, preset: str, data: Path | None, device: str) -> list[Task]:
         """The tasks of a preset, without reading data beyond its identity."""
 
-    def prepare(self, task: Task) -> None:
-        """What is made once before the cells of ``task`` (a pretrained base), cached."""
+    def prepare(self, task: Task, report: Report | None = None) -> None:
+        """What is made once before the cells of ``task`` (a pretrained base), cached.
+
+        Args:
+            task: the task.
+            report: called with what is being done, the steps done and the steps in all.
+
+        Raises:
+            DataFileError: If a data file is missing or malformed.
+        """
 
     def problem(self, task: Task) -> Problem:
         """The task itself; called in every worker process."""
@@ -102,3 +124,25 @@ class Work(Protocol):
 def work(name: str) -> Work:
     """The module of a work."""
     return cast(Work, importlib.import_module(f"{__name__}.{name}"))
+
+
+def files_identity(paths: Sequence[Path]) -> str:
+    """Digest of the contents of data files; a missing file counts as such."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes() if path.is_file() else b"missing")
+    return f"files {digest.hexdigest()[:12]}"
+
+
+def find(folder: Path, name: str, suffixes: Sequence[str]) -> Path:
+    """``folder/name`` with the first of ``suffixes``, compressed or not.
+
+    Raises:
+        DataFileError: If there is none.
+    """
+    candidates = [folder / f"{name}{suffix}{gz}" for suffix in suffixes for gz in (".gz", "")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise DataFileError(candidates[-1], "no such file (nor with .gz)")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..problem import LoraSettings, Problem
-from . import Task
+from . import Report, Task
 
 PRESETS = ("tiny", "quick", "full")
 
@@ -70,7 +70,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
     return found
 
 
-def prepare(task: Task) -> None:
+def prepare(task: Task, report: Report | None = None) -> None:
     """Nothing to prepare."""
 
 
