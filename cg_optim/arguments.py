@@ -1,4 +1,4 @@
-"""Checks of everything a user hands to the constructor, before anything is built."""
+"""Checks of everything a user hands over, before anything is built or changed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cg_optim.discovery import Discovery, find_lora_pairs
-from cg_optim.errors import HyperparameterError, ParameterError
+from cg_optim.errors import GradientError, HyperparameterError, ParameterError
 from cg_optim.pairs import LoRAPair, check_unique
 
 Group = dict[str, Any]
@@ -140,6 +141,26 @@ def check_parameters(groups: Sequence[Group], known: Iterable[Tensor] = ()) -> N
             if id(parameter) in seen:
                 raise ParameterError(f"{where} is given twice; list each parameter once")
             seen.add(id(parameter))
+
+
+def check_gradients(parameters: Iterable[Tensor]) -> None:
+    """Refuse gradients that no step can be taken with.
+
+    Raises:
+        GradientError: If a gradient is sparse or complex.
+    """
+    for index, parameter in enumerate(parameters):
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
+            raise GradientError(
+                f"parameter {index} (shape {tuple(parameter.shape)}) has a sparse gradient "
+                f"({grad.layout}); use dense gradients (sparse=False in the embedding) or "
+                "SparseAdam for it"
+            )
+        if grad.is_complex():
+            raise GradientError(f"parameter {index} has a complex gradient ({grad.dtype})")
 
 
 def check_not_empty(groups: Sequence[Group], model: nn.Module | None) -> None:

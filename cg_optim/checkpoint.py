@@ -118,6 +118,13 @@ def check_pairs_complete(
             )
 
 
+def states_of(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[int, Any]:
+    """The saved states by the ``id`` of the parameter they belong to."""
+    ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    state = state_dict["state"]
+    return {id(p): state[i] for i, p in zip(ids, parameters, strict=True) if i in state}
+
+
 def _check_numbers(index: int, group: Mapping[str, Any]) -> None:
     try:
         check_group(dict(group))

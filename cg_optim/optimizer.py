@@ -23,7 +23,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from cg_optim import arguments, checkpoint, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
 from cg_optim.discovery import Discovery
-from cg_optim.errors import GradientError, NoPairsWarning, UnobservedPairWarning
+from cg_optim.errors import NoPairsWarning, UnobservedPairWarning
+from cg_optim.factor_state import as_factor_state, new_factor_state
 from cg_optim.hooks import CurvatureObserver
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair
@@ -182,7 +183,8 @@ class CGLoRAOptimizer(Optimizer):
             if not missing and not strided:
                 self._pairs.append(pair)
                 for parameter in (pair.A, pair.B):
-                    self._factor_state_of_plain(parameter)
+                    if parameter in self.state:  # AdamW stepped it so far
+                        self.state[parameter] = as_factor_state(parameter, self.state[parameter])
             elif len(missing) < 2:
                 reason = "not contiguous" if strided else f"{missing[0]} is not being optimised"
                 self._left_out[pair.name] = reason
@@ -202,6 +204,7 @@ class CGLoRAOptimizer(Optimizer):
         """Take every hook off the model; training can go on with the last curvature."""
         if self._observer is not None:
             self._observer.remove()
+            self._store.discard()
 
     def __enter__(self) -> Self:
         return self
@@ -236,7 +239,7 @@ class CGLoRAOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        arguments.check_gradients(self._parameters())
         self._fold_in_curvature()
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         work = [
@@ -249,20 +252,6 @@ class CGLoRAOptimizer(Optimizer):
         self._step_others()
         self._count_step()
         return loss
-
-    def _check_gradients(self) -> None:
-        for index, parameter in enumerate(self._parameters()):
-            grad = parameter.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise GradientError(
-                    f"parameter {index} (shape {tuple(parameter.shape)}) has a sparse gradient "
-                    f"({grad.layout}); use dense gradients (sparse=False in the embedding) or "
-                    "SparseAdam for it"
-                )
-            if grad.is_complex():
-                raise GradientError(f"parameter {index} has a complex gradient ({grad.dtype})")
 
     def _fold_in_curvature(self) -> None:
         if self._observer is None or not self._observer.active or not self._observer.collecting:
@@ -319,24 +308,11 @@ class CGLoRAOptimizer(Optimizer):
             self._store.damped(index, group_a["damping"]),
         )
 
-    def _factor_state(self, parameter: Tensor, state: Group | None = None) -> Group:
-        state = self.state[parameter] if state is None else state
-        if not state:
-            # At least float32: the moments of bf16 adapters would lose small gradients.
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+    def _factor_state(self, parameter: Tensor) -> Group:
+        if not self.state[parameter]:
+            self.state[parameter] = new_factor_state(parameter)
+        state: Group = self.state[parameter]
         return state
-
-    def _factor_state_of_plain(self, parameter: Tensor) -> None:
-        """Bring the state of a parameter that AdamW stepped so far into a factor's form."""
-        if parameter not in self.state:
-            return
-        state, before = self._factor_state(parameter, {}), self.state[parameter]
-        for name, value in state.items():
-            value.copy_(before[name])
-        self.state[parameter] = state
 
     def _step_others(self) -> None:
         """torch.optim's own AdamW for everything that is in no pair."""
@@ -391,38 +367,31 @@ class CGLoRAOptimizer(Optimizer):
 
     def _check(self, state_dict: Group, incoming: list[Group]) -> None:
         checkpoint.check(state_dict, self.param_groups, self._expected_state())
-        checkpoint.check_pairs_complete(state_dict, self._positions_of_pairs())
+        position = {id(p): i for i, p in enumerate(self._parameters())}
+        pairs = [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
+        checkpoint.check_pairs_complete(state_dict, pairs)
         incoming.append(state_dict)
 
     def _restore_precision(self, state_dict: Group) -> None:
         """Replace what torch has cast to the dtype of the parameters."""
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        state = state_dict["state"]
+        saved = checkpoint.states_of(state_dict, self._parameters())
         curvatures: dict[int, dict[str, Tensor]] = {}
-        for index, (pair, places) in enumerate(
-            zip(self._pairs, self._positions_of_pairs(), strict=True)
-        ):
-            for parameter, place in zip((pair.A, pair.B), places, strict=True):
-                saved = state.get(indices[place])
-                if saved is None:
-                    continue
-                mine = self.state[parameter] = self._factor_state(parameter, {})
-                for name, value in mine.items():
-                    value.copy_(saved[name])
-                if pair.observed and parameter is pair.A:
-                    curvatures[index] = {
-                        name: value for name, value in saved.items() if name not in mine
-                    }
+        for index, pair in enumerate(self._pairs):
+            if id(pair.A) not in saved:
+                continue
+            for parameter in (pair.A, pair.B):
+                self.state[parameter] = as_factor_state(parameter, saved[id(parameter)])
+            if pair.observed:
+                curvatures[index] = {
+                    name: value
+                    for name, value in saved[id(pair.A)].items()
+                    if name.startswith(STATE_PREFIX)
+                }
         self._store.load_state(curvatures)
         self._link_curvature()
         if self._observer is not None:
             self._observer.discard()
         self._schedule_collection()
-
-    def _positions_of_pairs(self) -> list[tuple[int, int]]:
-        """For each pair the positions of A and B among all parameters."""
-        position = {id(p): i for i, p in enumerate(self._parameters())}
-        return [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
 
     def __getstate__(self) -> Group:
         names = ("_model", "_declared", "_representation", "_left_out", "_pairs", "_store")
