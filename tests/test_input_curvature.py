@@ -1,0 +1,184 @@
+"""Running estimates of the input curvature against explicit sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cg_optim.input_curvature import (
+    DenseCurvature,
+    InputCurvature,
+    LowRankCurvature,
+    new_input_curvature,
+    nystrom_eigenpairs,
+    state_shapes,
+)
+from tests.strategies import gaussian, generator, relative_error, seeds, semidefinite
+
+quick = settings(max_examples=20, deadline=None)
+N, K = 12, 4
+LIKE = torch.zeros(1, dtype=torch.float64)
+DECAY = 0.9
+
+
+def fresh(kind: str, like: Tensor = LIKE) -> InputCurvature:
+    return DenseCurvature(N, like) if kind == "dense" else LowRankCurvature(N, like, K)
+
+
+def feed(curvature: InputCurvature, rows: Tensor, mask: Tensor | None = None) -> None:
+    everything = torch.ones(len(rows), dtype=torch.bool)
+    curvature.accumulate(rows, everything if mask is None else mask)
+
+
+def matrix(curvature: InputCurvature, damping: float = 1e-9) -> Tensor:
+    """The estimate as a dense matrix, as the step sees it (mean eigenvalue 1)."""
+    damped = curvature.damped(damping)
+    assert damped is not None
+    return damped.hidden_gram(torch.eye(N, dtype=curvature.dtype))
+
+
+kinds = pytest.mark.parametrize("kind", ["dense", "low rank"])
+
+
+@quick
+@given(seeds, st.integers(1, 5))
+def test_dense_mean_is_bias_corrected(seed: int, updates: int) -> None:
+    source, curvature = generator(seed), fresh("dense")
+    total, weights = torch.zeros(N, N, dtype=torch.float64), 0.0
+    for _ in range(updates):
+        rows = gaussian(source, 5, N)
+        feed(curvature, rows)
+        assert curvature.update(DECAY)
+        total, weights = DECAY * total + rows.mT @ rows / 5, DECAY * weights + 1
+    assert isinstance(curvature, DenseCurvature)
+    assert relative_error(curvature.gram, total / weights) < 1e-12
+
+
+@quick
+@given(seeds, st.integers(1, K))
+def test_low_rank_equals_dense_when_the_data_has_no_more_directions(seed: int, rank: int) -> None:
+    source = generator(seed)
+    rows = gaussian(source, 40, rank) @ torch.linalg.qr(gaussian(source, N, rank)).Q.mT
+    low, dense = fresh("low rank"), fresh("dense")
+    for curvature in (low, dense):
+        # Without memory: the damped core of the first, random basis leaves an error that
+        # the basis of the second update no longer has.
+        for _ in range(3):
+            feed(curvature, rows)
+            assert curvature.update(0.0)
+    assert relative_error(matrix(low), matrix(dense)) < 1e-3
+
+
+def test_low_rank_converges_to_the_leading_eigenpairs() -> None:
+    values = torch.tensor([100.0, 60.0, 30.0, 15.0] + [0.1] * (N - K), dtype=torch.float64)
+    vectors = torch.linalg.qr(gaussian(generator(1), N, N)).Q
+    rows = (vectors * (N * values).sqrt()).mT.contiguous()
+    curvature = LowRankCurvature(N, LIKE, K)
+    for _ in range(30):
+        feed(curvature, rows)
+        curvature.update(DECAY)
+    torch.testing.assert_close(curvature.eigenvalues.flip(0), values[:K], rtol=1e-3, atol=0)
+    projector = curvature.basis @ curvature.basis.mT
+    assert relative_error(projector, vectors[:, :K] @ vectors[:, :K].mT) < 1e-3
+
+
+@quick
+@given(seeds, st.integers(1, 5), st.floats(1e-3, 10))
+def test_trace_is_kept(seed: int, updates: int, damping: float) -> None:
+    source = generator(seed)
+    for kind in ("dense", "low rank"):
+        curvature = fresh(kind)
+        for _ in range(updates):
+            feed(curvature, gaussian(source, 30, N))
+            curvature.update(DECAY)
+        assert float(matrix(curvature, damping).trace()) == pytest.approx(N, rel=1e-6)
+
+
+@quick
+@given(seeds)
+def test_nystrom_is_exact_on_an_invariant_subspace(seed: int) -> None:
+    x = semidefinite(generator(seed), N, condition=100.0)
+    basis = torch.linalg.eigh(x)[1][:, -K:].contiguous()
+    vectors, values = nystrom_eigenpairs(basis, x @ basis)
+    assert relative_error(vectors.mT @ vectors, torch.eye(K, dtype=torch.float64)) < 1e-10
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(x)[-K:], rtol=1e-4, atol=0)
+
+
+@kinds
+def test_splitting_order_and_masked_rows_change_nothing(kind: str) -> None:
+    rows = gaussian(generator(0), 20, N)
+    one, many = fresh(kind), fresh(kind)
+    feed(one, rows)
+    feed(many, rows[10:].flip(0))
+    padded = torch.cat([rows[:10], torch.full((3, N), float("nan"), dtype=torch.float64)])
+    feed(many, padded, torch.arange(13) < 10)
+    assert one.update(DECAY)
+    assert many.update(DECAY)
+    assert relative_error(matrix(many), matrix(one)) < 1e-9
+
+
+@kinds
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_sums_that_are_not_finite_are_dropped(kind: str, bad: float) -> None:
+    curvature = fresh(kind, torch.zeros(1))
+    rows = gaussian(generator(0), 20, N, dtype=torch.float32)
+    feed(curvature, rows)
+    assert curvature.update(DECAY)
+    before = {name: tensor.clone() for name, tensor in curvature.state().items()}
+    feed(curvature, torch.cat([rows, torch.full((1, N), bad)]))
+    assert not curvature.update(DECAY)
+    for name, tensor in curvature.state().items():
+        assert torch.equal(tensor, before[name])
+    feed(curvature, rows)
+    assert curvature.update(DECAY)
+    assert bool(torch.isfinite(matrix(curvature)).all())
+
+
+@kinds
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e12])
+def test_scales_of_single_precision(kind: str, scale: float) -> None:
+    rows = gaussian(generator(0), 20, N, dtype=torch.float32)
+    curvature = fresh(kind, torch.zeros(1))
+    feed(curvature, scale * rows)
+    assert curvature.update(DECAY)
+    damped = curvature.damped(1e-2)
+    assert damped is not None
+    assert bool(torch.isfinite(damped.whitening().apply(torch.eye(N))).all())
+
+
+@kinds
+def test_state_round_trip_is_bitwise(kind: str) -> None:
+    source, curvature = generator(0), fresh(kind)
+    feed(curvature, gaussian(source, 20, N))
+    curvature.update(DECAY)
+    other = fresh(kind)
+    other.load_state({name: tensor.clone() for name, tensor in curvature.state().items()})
+    rows = gaussian(source, 20, N)
+    for each in (curvature, other):
+        feed(each, rows)
+        each.update(DECAY)
+    assert torch.equal(matrix(other), matrix(curvature))
+    expected = state_shapes(N, "dense" if kind == "dense" else K)
+    assert {name: tuple(t.shape) for name, t in other.state().items()} == expected
+
+
+@kinds
+def test_nothing_seen_is_nothing_known(kind: str) -> None:
+    curvature = fresh(kind)
+    assert curvature.damped(0.1) is None
+    assert curvature.update(DECAY)
+    assert curvature.damped(0.1) is None
+
+
+def test_one_feature() -> None:
+    curvature = new_input_curvature(1, LIKE, "auto")
+    feed(curvature, torch.ones(3, 1, dtype=torch.float64))
+    assert curvature.update(DECAY)
+    damped = curvature.damped(0.1)
+    assert damped is not None
+    assert float(damped.whitening().apply(torch.ones(1, 1, dtype=torch.float64))) == pytest.approx(
+        1
+    )
