@@ -26,6 +26,11 @@ MEANING = {
 }
 
 
+#: Devices from which a copy to pinned memory can be waited for with an event; elsewhere
+#: the warning comes with the next look at the counts.
+PINNING_DEVICES = ("cuda", "xpu")
+
+
 class EventCounter:
     """Numerical events of one optimizer."""
 
@@ -51,10 +56,12 @@ class EventCounter:
         total = Counter(self._counted)
         for (kind, _), count in self._on_device.items():
             total[kind] += int(count)
+            if total[kind]:
+                self._warn(kind)
         return {kind: total[kind] for kind in MEANING}
 
     def _watch(self, kind: str, total: Tensor) -> None:
-        if kind in self._warned:
+        if kind in self._warned or total.device.type not in PINNING_DEVICES:
             return
         if kind in self._arriving:
             copied, done = self._arriving[kind]
