@@ -63,10 +63,20 @@ class Method:
         return importlib.util.find_spec(self.package) is not None
 
     def optimizer(self, model: nn.Module, lr: float, knob: float | None) -> Optimizer:
-        """Build the optimizer for ``model``."""
+        """Build the optimizer for ``model``.
+
+        Raises:
+            TypeError: If its constructor does not know one of the options.
+        """
         if self.full:
             model.requires_grad_(True)
-        return self.build(model, lr, knob, dict(self.options))
+        optimizer = self.build(model, lr, knob, dict(self.options))
+        # Some packages swallow unknown keywords: the variant would silently be the default.
+        known = _constructor_arguments(optimizer)
+        for key, _ in self.options:
+            if key not in known and key != self.knob:
+                raise TypeError(f"{type(optimizer).__name__} has no argument {key!r}")
+        return optimizer
 
     def entry(self, lr_scale: float, knobs: bool) -> Entry:
         """How this method takes part in a study.
@@ -113,6 +123,11 @@ class Combined(Optimizer):
         return [one.state for one in self.inner]
 
 
+def _constructor_arguments(optimizer: Optimizer) -> set[str]:
+    inner = optimizer.inner if isinstance(optimizer, Combined) else [optimizer]
+    return {name for one in inner for name in inspect.signature(type(one).__init__).parameters}
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -156,28 +171,17 @@ def _muon(model: nn.Module, lr: float, knob: float | None, options: Options) -> 
 def _lora_plus(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
-        model,  # type: ignore[arg-type]
-        AdamW,
-        lr=lr,
-        loraplus_lr_ratio=16.0 if knob is None else knob,
-        weight_decay=0.0,
-        **options,
-    )
+    settings: dict[str, Any] = {"weight_decay": 0.0, **options}
+    # ``ratio`` is the knob's name here, as in the paper; PEFT's is longer.
+    settings["loraplus_lr_ratio"] = settings.pop("ratio", 16.0 if knob is None else knob)
+    return create_loraplus_optimizer(model, AdamW, lr=lr, **settings)  # type: ignore[arg-type]
 
 
 def _riemannian(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
     from peft.optimizers import create_riemannian_optimizer
 
-    reg = 1e-2 if knob is None else knob
-    return create_riemannian_optimizer(
-        model,  # type: ignore[arg-type]
-        AdamW,
-        lr=lr,
-        reg=reg,
-        weight_decay=0.0,
-        **options,
-    )
+    settings = {"weight_decay": 0.0, "reg": 1e-2 if knob is None else knob, **options}
+    return create_riemannian_optimizer(model, AdamW, lr=lr, **settings)  # type: ignore[arg-type]
 
 
 def _lora_fa(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
@@ -212,11 +216,10 @@ def _soap(model: nn.Module, lr: float, knob: float | None, options: Options) -> 
 def _shampoo(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
     """Scalable Shampoo with the settings its authors use for grafting.
 
-    The package's defaults (first preconditioner after 1000 steps, SGD grafting) never
+    The package's defaults (a preconditioner every 1000 steps, SGD grafting) hardly
     precondition in a fine-tuning run, so these are set as for SOAP: every 10 steps.
     """
-    from pytorch_optimizer import ScalableShampoo
-    from pytorch_optimizer.optimizer.shampoo_utils import LayerWiseGrafting
+    from pytorch_optimizer.optimizer.shampoo import LayerWiseGrafting, ScalableShampoo
 
     settings: dict[str, Any] = {
         "start_preconditioning_step": 10,
@@ -318,6 +321,8 @@ CEILINGS = tuple(name for name, method in METHODS.items() if method.full)
 
 
 def _value(text: str) -> Any:
+    if ":" in text:  # a tuple: betas=0.9:0.99
+        return tuple(_value(part) for part in text.split(":"))
     for kind in (int, float):
         try:
             return kind(text)
@@ -329,7 +334,8 @@ def _value(text: str) -> Any:
 def get(spec: str) -> Method:
     """The method called ``spec``: a name, or a name with options, ``cg[damping=0.3,eps=1e-6]``.
 
-    Options go to the optimizer's constructor; cells of such a variant are kept apart.
+    Options go to the optimizer's constructor, ``a:b`` as the tuple ``(a, b)``; cells of such a
+    variant are kept apart.
 
     Raises:
         UsageError: If there is no such method or the options can't be read.

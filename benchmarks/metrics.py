@@ -102,8 +102,9 @@ def kl_divergence(reference: NDArray[np.floating], other: NDArray[np.floating]) 
         )
     first = reference.astype(np.float64)
     second = other.astype(np.float64)
-    terms = np.exp(first) * (first - second)
     # A class of probability zero adds nothing, whatever its logarithm says (-inf - x, or NaN).
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(first) * (first - second)
     return float(np.where(np.isneginf(first), 0.0, terms).sum(-1).mean())
 
 

@@ -29,6 +29,8 @@ BAND = 1.02
 """A learning rate is good if its loss is within this factor of the method's best."""
 SHORT_FRACTIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BASELINE = "adamw"
+ENOUGH_FAILURES = 3
+"""Failed runs, and no other, after which a method is taken to be broken on a task."""
 
 Key = tuple[str, float, float | None, int, int]
 
@@ -396,6 +398,12 @@ STAGES: tuple[tuple[str, Callable[[Ledger, Entry], Iterator[Cell]]], ...] = (
 )
 
 
+def is_broken(ledger: Ledger, entry: Entry) -> bool:
+    """Whether every run of a method has failed (not diverged), often enough to stop trying."""
+    found = ledger.of(entry.method)
+    return len(found) >= ENOUGH_FAILURES and all(result.status == "failed" for result in found)
+
+
 def plan(study: Study, results: Collection[Result]) -> list[Request]:
     """Every cell known to be needed now, the most urgent first.
 
@@ -405,6 +413,8 @@ def plan(study: Study, results: Collection[Result]) -> list[Request]:
     ledger = Ledger(study, results)
     requests: dict[Cell, Request] = {}
     for entry in study.entries:
+        if is_broken(ledger, entry):
+            continue
         for number, (stage, wanted) in enumerate(STAGES):
             late = 0 if stage in ("tune", "report") else 100
             for cell in wanted(ledger, entry):

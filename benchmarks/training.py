@@ -81,6 +81,9 @@ class Trainer:
         optimizer = method.optimizer(model, cell.lr, cell.knob)
         for group in optimizer.param_groups:
             group["initial_lr"] = float(group["lr"])
+        # Initialisations draw different amounts of random numbers; the dropout of the base model
+        # must not depend on that.
+        torch.manual_seed(20_000 + cell.seed)
         model.train()
         return cls(problem, model, optimizer, problem.batches(cell.seed), cell.steps)
 

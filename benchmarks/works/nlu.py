@@ -139,7 +139,7 @@ def prepare(task: Task, report: Report | None = None) -> None:
     if report is not None:
         report(f"reading {task.name}", 0, 1)
     # What is wrong with a file is said before the encoder is looked for.
-    parts = _pairs() if task.name == SEARCH else _labelled(task)
+    parts = _pairs(task.settings["half"]) if task.name == SEARCH else _labelled(task)
     payload = {
         half: _tokens(texts, task.settings["length"], task.name == SEARCH)
         for half, texts in parts.items()
@@ -190,15 +190,18 @@ def _without(train: LabelledTexts, heldout: LabelledTexts) -> LabelledTexts:
     return train.subset([row for row, key in enumerate(keys(train)) if key not in unseen])
 
 
-def _pairs() -> dict[str, LabelledTexts]:
+def _pairs(half: int) -> dict[str, LabelledTexts]:
     from ..stdlib_texts import search_pairs
 
     splits = search_pairs()
     parts = {"train": splits.train, "choose": splits.choose, "report": splits.report}
-    return {
-        name: LabelledTexts(pairs.signatures, pairs.summaries, [0] * len(pairs), [])
-        for name, pairs in parts.items()
-    }
+    found = {}
+    for name, pairs in parts.items():
+        texts = LabelledTexts(pairs.signatures, pairs.summaries, [0] * len(pairs), [])
+        if name != "train" and len(texts) > half:
+            texts = texts.subset(sorted(random.Random(0).sample(range(len(texts)), half)))
+        found[name] = texts
+    return found
 
 
 def _tokens(texts: LabelledTexts, length: int, apart: bool) -> dict[str, Any]:
