@@ -62,6 +62,15 @@ def test_the_mean_over_all_rows_of_any_shape(shape: tuple[int, ...]) -> None:
     assert_close(gram(optimizer, one), mean_gram(x))
 
 
+def test_an_input_given_by_name() -> None:
+    one = layer()
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    x = torch.randn(4, N)
+    one(x=x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(x))
+
+
 def test_rows_without_gradient_are_left_out() -> None:
     one = layer()
     optimizer = CGLoRAOptimizer(wrapped(one))
@@ -304,6 +313,21 @@ def test_a_zeroed_gradient_of_a_layer_unused_in_the_next_step() -> None:
     optimizer.step()
     assert_close(gram(optimizer, one), mean_gram(x))
     assert optimizer.diagnostics()["curvature update dropped"] == 0
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_zeroed_gradient_of_one_consumer_only(first: int) -> None:
+    """The other consumer's gradient arrives first and must not be forgotten with it."""
+    layers = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(*layers))
+    layers[1](torch.randn(3, N)).square().sum().backward()
+    optimizer.zero_grad()
+    x = torch.randn(4, N)
+    loss = layers[first](x).square().sum()
+    (loss + layers[1 - first](x).square().sum()).backward()
+    optimizer.step()
+    for each in layers:
+        assert_close(gram(optimizer, each), mean_gram(x))
 
 
 def test_a_partly_used_input_of_a_zeroed_gradient_is_forgotten() -> None:

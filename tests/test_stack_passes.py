@@ -28,10 +28,14 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def trained(
-    steps: int = 4, loss: Loss = loss_of, padded: bool = True, lr: float = 1e-2, **model: Any
+    steps: int = 4,
+    loss: Loss = loss_of,
+    padded: bool = True,
+    curvature: str | int = "auto",
+    **model: Any,
 ) -> Trained:
     module = tagger(**model)
-    optimizer = CGLoRAOptimizer(module, lr=lr)
+    optimizer = CGLoRAOptimizer(module, lr=1e-2, curvature=curvature)
     train(module, optimizer, range(steps), loss=loss, padded=padded)
     return module, optimizer
 
@@ -148,6 +152,10 @@ def test_autocast_keeps_the_statistics_in_full_precision() -> None:
             (loss := loss_of(model, data)).backward()
         return loss.detach().requires_grad_()
 
+    for curvature in ("dense", 3):
+        outside = trained(loss=under_autocast, curvature=curvature)
+        inside = trained(loss=backward_inside, curvature=curvature)
+        assert_equal(curvature_state(*inside), curvature_state(*outside))
     outside, inside = trained(loss=under_autocast), trained(loss=backward_inside)
     assert_equal(curvature_state(*inside), curvature_state(*outside))
     assert_close(curvature_state(*outside), curvature_state(*trained()), rtol=0.1, atol=0.02)
