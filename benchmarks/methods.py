@@ -171,8 +171,9 @@ def _muon(model: nn.Module, lr: float, knob: float | None, options: Options) -> 
 def _lora_plus(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
     from peft.optimizers import create_loraplus_optimizer
 
-    settings: dict[str, Any] = {"weight_decay": 0.0, **options}
-    # ``ratio`` is the knob's name here, as in the paper; PEFT's is longer.
+    settings = dict(options)
+    # PEFT's names are longer, and it ignores a ``weight_decay``.
+    settings["loraplus_weight_decay"] = settings.pop("weight_decay", 0.0)
     settings["loraplus_lr_ratio"] = settings.pop("ratio", 16.0 if knob is None else knob)
     return create_loraplus_optimizer(model, AdamW, lr=lr, **settings)  # type: ignore[arg-type]
 

@@ -61,7 +61,11 @@ class Bars:
             visible=True,
         )
         if status.last is not None:
-            self._console.print(line(status.last), highlight=False, markup=False)
+            said = line(status.last)
+            if not self._console.is_terminal:  # a log has no bar
+                total = status.done + status.left
+                said += f"  [{status.done}/{total}, about {duration(status.seconds)} left]"
+            self._console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

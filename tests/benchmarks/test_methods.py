@@ -72,7 +72,7 @@ def test_every_method_sees_the_same_data_and_weights():
         ("cg[curvature=4]", None, 4),
         ("cg[eps=1e-6,weight_decay=0.1]", "weight_decay", 0.1),
         ("adamw[eps=1e-5]", "eps", 1e-5),
-        ("lora+[weight_decay=0.1,ratio=2]", "weight_decay", 0.1),
+        ("lora+[eps=1e-5,ratio=2]", "eps", 1e-5),
         ("riemannian[weight_decay=0.1,reg=1]", "weight_decay", 0.1),
     ],
 )
