@@ -147,6 +147,8 @@ def _comparisons(options: argparse.Namespace) -> list[Comparison]:
 
 
 def _train(comparisons: list[Comparison], options: argparse.Namespace, console: Console) -> bool:
+    import torch
+
     from . import works
     from .divergence import write_divergences
     from .progress import Bars
@@ -156,6 +158,8 @@ def _train(comparisons: list[Comparison], options: argparse.Namespace, console: 
     if options.retry:
         forget_failures(comparisons, options.out)
     jobs = options.jobs or _default_jobs(options)
+    # Preparation is one process and comes before the cells: it may have all their threads.
+    torch.set_num_threads(jobs * options.threads)
     with Bars(console) as bars:
         for comparison in comparisons:
             task = comparison.task

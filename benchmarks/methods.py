@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .sweep import Entry
 from .usage import UsageError
@@ -154,6 +154,8 @@ def _muon(model: nn.Module, lr: float, knob: float | None, options: Options) -> 
 
     ``match_rms_adamw`` scales Muon's step to AdamW's, so that one learning rate serves both.
     """
+    from torch.optim import Muon  # since torch 2.9
+
     vocabulary = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }

@@ -46,8 +46,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "search_batch": 8, "search_steps": 3,
     },
     "quick": {
-        "batch": 16, "steps": 30, "rank": 8, "length": 40, "half": 100, "every": 15,
-        "search_batch": 32, "search_steps": 20,
+        "batch": 16, "steps": 24, "rank": 8, "length": 40, "half": 100, "every": 12,
+        "search_batch": 16, "search_steps": 16,
     },
     "full": {
         "batch": 16, "steps": 100, "rank": 8, "length": 48, "half": 400, "every": 20,

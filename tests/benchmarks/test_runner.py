@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import methods, runner
 from benchmarks.__main__ import main
@@ -59,12 +60,13 @@ class _Process:
 
 @pytest.fixture
 def server(monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
     found = InThisProcess()
     monkeypatch.setattr(runner, "fork_server", lambda threads: found)
     monkeypatch.setattr(runner, "wait", lambda sentinels, timeout: None)
     yield found
     signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
 
 
 def test_runs_the_plan_and_a_second_run_has_nothing_to_do(server, tmp_path):
