@@ -35,7 +35,7 @@ def check_group(group: Group) -> None:
     damping = group["damping"]
     if not _is_number(damping) or not 0.0 < damping < math.inf:
         raise HyperparameterError(
-            f"damping is {damping!r}; expected a number > 0 (relative, 0.1 is the default)"
+            f"damping is {damping!r}; expected a number > 0 (relative to the mean curvature)"
         )
 
 

@@ -66,7 +66,7 @@ class CGLoRAOptimizer(Optimizer):
         betas: Decay of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, as in AdamW, for all parameters.
-        damping: Damping of the input curvature relative to its mean eigenvalue.
+        damping: Damping of both factors' input curvature relative to its mean eigenvalue.
             Larger is closer to AdamW.
         curvature: ``"auto"`` keeps the leading directions of large inputs and the whole
             matrix of small ones; ``"dense"`` always the whole matrix; an integer that
@@ -90,7 +90,7 @@ class CGLoRAOptimizer(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        damping: float = 0.1,
+        damping: float = 0.3,
         curvature: str | int | None = "auto",
     ) -> None:
         arguments.check_curvature(curvature)
@@ -306,6 +306,7 @@ class CGLoRAOptimizer(Optimizer):
             factor(0, pair.A, group_a, state_a),
             factor(1, pair.B, group_b, state_b),
             self._store.damped(index, group_a["damping"]),
+            group_a["damping"],
         )
 
     def _factor_state(self, parameter: Tensor) -> Group:

@@ -41,11 +41,19 @@ class FactorWork:
 
 @dataclass(frozen=True)
 class PairWork:
-    """One pair in this step and its damped input curvature, None where nothing is known."""
+    """One pair in this step.
+
+    Attributes:
+        a: The down projection.
+        b: The up projection.
+        damped: Its damped input curvature, None where nothing is known.
+        damping: The relative damping of both factors' curvature.
+    """
 
     a: FactorWork
     b: FactorWork
     damped: DampedInput | None
+    damping: float
 
     def stacking_key(self) -> tuple[Any, ...]:
         """Pairs with equal keys can be stacked."""
@@ -54,7 +62,7 @@ class PairWork:
             (f.value.shape, f.value.device, f.state.exp_avg.dtype, f.grad is None, f.settings)
             for f in (self.a, self.b)
         )
-        return (*factors, type(self.damped), shapes)
+        return (*factors, type(self.damped), shapes, self.damping)
 
 
 def step_pairs(work: Iterable[PairWork]) -> list[Tensor]:
@@ -83,7 +91,7 @@ def _step_stack(items: list[PairWork]) -> Tensor:
     if b[0].grad is not None:
         before = _moments(b)
         down = torch.stack([f.value for f in a]).to(before.exp_avg.dtype)
-        whitening = hidden_whitening(down, damped)
+        whitening = hidden_whitening(down, damped, items[0].damping)
         moves.append((b, before, whitened_adam(_grads(b), before, whitening, b[0].settings)))
     # A pair moves as a whole or not at all: a step of one factor assumes the other's.
     usable = torch.stack([direction.usable for _, _, direction in moves]).all(0)

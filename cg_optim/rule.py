@@ -18,6 +18,11 @@ The second moment takes the part of the output-side curvature (``Q = B^T T B`` f
 carry over ("grafting", Agarwal et al. 2020, arXiv:2002.11803); with ``K = I`` the rule
 *is* Adam.  The first moment is kept in plain coordinates, so it stays valid when ``K``
 changes.  Every function works on stacks: leading dimensions are batch dimensions.
+
+``X`` and ``P`` carry the same damping relative to their mean eigenvalues.  It is what the
+rule is most sensitive to beside the learning rate: little of it fits the training
+distribution sooner, much of it stays closer to Adam, which carries over better to inputs
+of another distribution (``benchmarks/EXPERIMENTS.md``).
 """
 
 from __future__ import annotations
@@ -32,9 +37,6 @@ from torch import Tensor
 from cg_optim.damped import DampedInput
 from cg_optim.linalg import damped_cholesky
 from cg_optim.whitening import CholeskyWhitening, Whitening
-
-#: Relative damping of the r x r matrix P; it only has to keep the solve well-posed.
-HIDDEN_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,19 @@ def _with_norm_of(reference: Tensor, matrix: Tensor) -> Tensor:
     return matrix * torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
 
 
-def hidden_whitening(down: Tensor, damped_input: DampedInput | None) -> CholeskyWhitening:
+def hidden_whitening(
+    down: Tensor, damped_input: DampedInput | None, damping: float
+) -> CholeskyWhitening:
     """Whitening of B's input ``h = A x`` from ``P = A X A^T`` with the current ``A``.
 
     Args:
         down: ``A``, ``(..., r, n)``.
         damped_input: Damped ``X``, the same as in A's own whitening; None stands for
             isotropic inputs.
+        damping: Damping of ``P`` relative to its mean eigenvalue.
     """
     gram = down @ down.mT if damped_input is None else damped_input.hidden_gram(down)
-    factor = damped_cholesky(gram, HIDDEN_DAMPING).factor
+    factor = damped_cholesky(gram, damping).factor
     # Normalised like X: an isotropic P gives the identity, so Adam's eps means the same
     # in every layer.
     mean = factor.square().sum((-2, -1), keepdim=True) / factor.shape[-1]

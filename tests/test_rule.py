@@ -1,0 +1,169 @@
+"""The rule against Adam, against explicit float64 matrices, and on hopeless input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.optim import AdamW
+
+from cg_optim.damped import DampedGram
+from cg_optim.rule import AdamSettings, Moments, bias_correction, hidden_whitening, whitened_adam
+from cg_optim.whitening import CholeskyWhitening
+
+SETTINGS = AdamSettings(0.9, 0.999, 1e-8)
+
+
+def fresh(*shape: int, dtype: torch.dtype = torch.float64) -> Moments:
+    """Moments before the first step of a stack of matrices."""
+    zeros = torch.zeros(shape, dtype=dtype)
+    return Moments(torch.zeros(shape[:-2]), zeros, zeros.clone())
+
+
+def gradients(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def gram(n: int, seed: int = 0, power: float = 2.0) -> Tensor:
+    """An input curvature ``(n, n)`` whose eigenvalues fall polynomially."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    return basis * torch.arange(1, n + 1, dtype=torch.float64) ** -power @ basis.T
+
+
+def damped(x: Tensor, damping: float) -> DampedGram:
+    return DampedGram.from_gram(x, x.diagonal().mean(), damping)
+
+
+def test_without_whitening_it_is_adam() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    adam = AdamW([parameter], lr=1.0, weight_decay=0.0)
+    moments, value = fresh(3, 5), torch.zeros(3, 5, dtype=torch.float64)
+    for grad in gradients(7, 3, 5):
+        parameter.grad = grad.clone()
+        adam.step()
+        direction = whitened_adam(grad, moments, None, SETTINGS)
+        moments, value = direction.moments, value - direction.value
+        torch.testing.assert_close(value, parameter.detach())
+
+
+def test_isotropic_inputs_give_adam() -> None:
+    whitening = damped(7.0 * torch.eye(5, dtype=torch.float64), 0.3).whitening()
+    plain, white = fresh(3, 5), fresh(3, 5)
+    for grad in gradients(4, 3, 5):
+        expected = whitened_adam(grad, plain, None, SETTINGS)
+        found = whitened_adam(grad, white, whitening, SETTINGS)
+        plain, white = expected.moments, found.moments
+        torch.testing.assert_close(found.value, expected.value, rtol=1e-6, atol=1e-9)
+
+
+def test_it_is_adam_in_the_whitened_coordinates_as_long_as_adam_there() -> None:
+    """Against explicit matrices: ``M' = M K^-T`` has the gradient ``G K``."""
+    whitening = damped(gram(5), 0.1).whitening()
+    k = torch.linalg.inv(whitening.factor).T
+    torch.testing.assert_close(k @ k.T, torch.linalg.inv(whitening.factor @ whitening.factor.T))
+    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    adam = AdamW([parameter], lr=1.0, weight_decay=0.0)
+    moments = fresh(3, 5)
+    for grad in gradients(6, 3, 5):
+        before = parameter.detach().clone()
+        parameter.grad = grad @ k
+        adam.step()
+        unit = before - parameter.detach()
+        direction = whitened_adam(grad, moments, whitening, SETTINGS)
+        moments = direction.moments
+        expected = unit @ k.T
+        expected = expected * unit.norm() / expected.norm()
+        torch.testing.assert_close(direction.value, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e3), st.floats(1e-12, 1e12))
+@settings(deadline=None, max_examples=40)
+def test_scales_of_inputs_and_loss_do_not_matter(
+    seed: int, input_scale: float, loss_scale: float
+) -> None:
+    settings_ = AdamSettings(0.9, 0.999, 0.0)
+    x = gram(6, seed)
+    plain, scaled = fresh(2, 6), fresh(2, 6)
+    for grad in gradients(3, 2, 6, seed=seed):
+        first = whitened_adam(grad, plain, damped(x, 0.2).whitening(), settings_)
+        other = damped(x * input_scale**2, 0.2).whitening()
+        second = whitened_adam(grad * loss_scale, scaled, other, settings_)
+        plain, scaled = first.moments, second.moments
+        torch.testing.assert_close(second.value, first.value, rtol=1e-7, atol=1e-10)
+
+
+def test_more_damping_is_closer_to_adam() -> None:
+    grads = gradients(5, 3, 8)
+
+    def last(damping: float | None) -> Tensor:
+        whitening = None if damping is None else damped(gram(8), damping).whitening()
+        moments = fresh(3, 8)
+        for grad in grads:
+            direction = whitened_adam(grad, moments, whitening, SETTINGS)
+            moments = direction.moments
+        return direction.value
+
+    adam = last(None)
+    distances = [float((last(damping) - adam).norm()) for damping in (1e-3, 1e-1, 1e1, 1e3)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-2 * adam.norm()
+
+
+def test_zero_gradients_do_not_move() -> None:
+    zero = torch.zeros(2, 3, 4, dtype=torch.float64)
+    direction = whitened_adam(zero, fresh(2, 3, 4), damped(gram(4), 0.1).whitening(), SETTINGS)
+    assert bool(direction.usable.all())
+    assert float(direction.value.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_bad_gradient_leaves_its_own_state_and_no_other(bad: float) -> None:
+    grad = gradients(1, 3, 2, 4)[0].float()
+    good = whitened_adam(grad, fresh(3, 2, 4, dtype=torch.float32), None, SETTINGS)
+    broken = grad.clone()
+    broken[1, 0, 2] = bad
+    before = fresh(3, 2, 4, dtype=torch.float32)
+    direction = whitened_adam(broken, before, None, SETTINGS)
+    assert direction.usable.tolist() == [True, False, True]
+    assert float(direction.value[1].abs().max()) == 0.0
+    for new, old, clean in zip(direction.moments, before, good.moments, strict=True):
+        torch.testing.assert_close(new[1], old[1])
+        torch.testing.assert_close(new[::2], clean[::2])
+    torch.testing.assert_close(direction.value[::2], good.value[::2])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 1 - 1e-9])
+def test_bias_correction_is_exact(beta: float) -> None:
+    steps = torch.tensor([1.0, 2.0, 100.0, 1e6])
+    exact = [-math.expm1(int(t) * math.log(beta)) if beta else 1.0 for t in steps]
+    found = bias_correction(beta, steps).double()
+    torch.testing.assert_close(found, torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@given(st.integers(0, 1000), st.sampled_from([1e-12, 1.0, 1e12]), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_hidden_whitening_inverts_the_damped_p(seed: int, scale: float, known: bool) -> None:
+    """``K K^T`` is the inverse of ``P / mean + damping I``, normalised; of any scale of A."""
+    generator = torch.Generator().manual_seed(seed)
+    down = scale * torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    x = gram(5, seed)
+    model = damped(x, 0.2) if known else None
+    whitening = hidden_whitening(down, model, 0.2)
+    assert isinstance(whitening, CholeskyWhitening)
+    matrix = damped(x, 0.2).matrix if known else torch.eye(5, dtype=torch.float64)
+    p = down @ matrix @ down.mT
+    mean = p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    expected = (p / mean + 0.2 * torch.eye(3, dtype=torch.float64)) / 1.2
+    torch.testing.assert_close(whitening.factor @ whitening.factor.mT, expected)
+
+
+def test_hidden_whitening_of_a_zero_or_deficient_a_is_finite() -> None:
+    down = torch.zeros(2, 3, 5)
+    down[1, 0] = 1.0  # rank 1
+    assert bool(torch.isfinite(hidden_whitening(down, None, 0.1).factor).all())
