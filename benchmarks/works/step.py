@@ -1,114 +1,130 @@
-"""Cost of the optimizer step at the shapes of large models, without their base weights.
+"""Cost of a training step with each optimizer; see :mod:`benchmarks.step`.
 
-One decoder layer is timed, gradients set by hand, so hooks and curvature do not take part; the
-state of all layers is counted from the shapes.
+At the shapes of large models the adapters alone are run, on synthetic activations, and one or a few
+decoder layers stand for all; the state of all layers is counted from the shapes. The share of a
+whole training step is measured on the small language models of :mod:`benchmarks.works.lm`.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from cg_optim import CGLoRAOptimizer, LoRAPair
 
 from ..cells import environment, write_json
 
 
 @dataclass(frozen=True)
-class Model:
-    """Sizes of a model of Llama's kind; ``kv`` is the width of keys and values."""
+class Preset:
+    """What is measured.
 
+    Attributes:
+        models, ranks: every model at every rank.
+        checked_ranks: ranks at which a step is compared with float64.
+        layers: decoder layers that are run.
+        tokens: rows of every activation.
+        cycles: repeats of the refresh schedule.
+    """
+
+    models: tuple[str, ...]
+    ranks: tuple[int, ...]
+    checked_ranks: tuple[int, ...]
     layers: int
-    hidden: int
-    inner: int
-    kv: int
-
-    def linears(self) -> list[tuple[int, int]]:
-        """Output and input sizes of one decoder layer's linear layers."""
-        h, i = self.hidden, self.inner
-        return [(h, h), (self.kv, h), (self.kv, h), (h, h), (i, h), (i, h), (h, i)]
+    tokens: int
+    cycles: int
 
 
-MODELS = {
-    "llama-7b": Model(32, 4096, 11008, 4096),
-    "llama-13b": Model(40, 5120, 13824, 5120),
-    "llama-70b": Model(80, 8192, 28672, 1024),
-    "toy": Model(2, 32, 64, 16),
+LARGE = ("llama-7b", "llama-13b", "llama-70b")
+PRESETS = {
+    "tiny": Preset(("toy",), (4,), (4,), layers=2, tokens=16, cycles=1),
+    "quick": Preset(LARGE[:1], (8, 16), (8,), layers=1, tokens=512, cycles=3),
+    "full": Preset(LARGE, (8, 16, 64), (8,), layers=1, tokens=512, cycles=4),
+    "gpu": Preset(LARGE, (8, 16, 64, 256), (8, 256), layers=8, tokens=4096, cycles=10),
 }
-PRESETS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
-    "tiny": (("toy",), (4,), 2),
-    "quick": (("llama-7b",), (8, 16), 3),
-    "full": (("llama-7b", "llama-13b", "llama-70b"), (8, 16, 64), 5),
-    "gpu": (("llama-7b", "llama-13b", "llama-70b"), (8, 16, 64, 256), 20),
-}
-
-
-def adamw_state_bytes(model: Model, rank: int) -> int:
-    """State of AdamW in float32 for all layers: two moments and a step count per parameter."""
-    sizes = [(m + n) * rank for m, n in model.linears()]
-    return model.layers * sum(8 * size + 2 * 4 for size in sizes)
-
-
-def make_pairs(model: Model, rank: int, device: str) -> list[LoRAPair]:
-    """The adapters of one decoder layer, with gradients."""
-    pairs = []
-    for index, (m, n) in enumerate(model.linears()):
-        down = nn.Parameter(torch.randn(rank, n, device=device) / n**0.5)
-        up = nn.Parameter(torch.randn(m, rank, device=device) * 0.01)
-        for factor in (down, up):
-            factor.grad = torch.randn_like(factor)
-        pairs.append(LoRAPair(A=down, B=up, name=f"linear{index}", scaling=1.0))
-    return pairs
+CHECKED_TOKENS = 256
 
 
 def run_step(preset: str, device: str, out: Path) -> Path:
-    """Time the steps of one decoder layer and write ``out/step/<preset>-<device>.json``."""
-    models, ranks, repeats = PRESETS[preset]
-    rows = [time_steps(name, rank, repeats, device) for name in models for rank in ranks]
+    """Measure everything of a preset and write ``out/step/<preset>-<device>.json``.
+
+    The file holds ``rows`` (one for each model and rank: ``model``, ``rank``, ``layers_timed``,
+    ``layers``, ``state_bytes`` of all layers and ``ms`` of the optimizer step for each optimizer,
+    and what :func:`benchmarks.step.measure.measure_model` adds), ``training_step``,
+    ``step_error_against_float64`` and ``cuda_graph``.
+    """
+    from ..step import checks, measure, training
+    from .lm import BASES, BATCHES
+
+    settings = PRESETS[preset]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rows: list[dict[str, Any]] = []
+    for model in settings.models:
+        for rank in settings.ranks:
+            row = measure.measure_model(
+                model,
+                rank,
+                layers=settings.layers,
+                tokens=settings.tokens,
+                cycles=settings.cycles,
+                device=device,
+                dtype=dtype,
+            )
+            print(_line(row), flush=True)
+            rows.append(row)
+    shares = [
+        share
+        for sizes in BATCHES[preset].values()
+        for share in training.measure_training(
+            BASES[preset],
+            batch_size=sizes["batch"],
+            rank=sizes["rank"],
+            cycles=settings.cycles,
+            device=device,
+        )
+    ]
+    for share in shares:
+        print(_share_line(share), flush=True)
+    tokens = min(settings.tokens, CHECKED_TOKENS)
+    errors = [
+        {"model": model, "rank": rank, "error": checks.step_error(model, rank, tokens, device)}
+        for model in settings.models
+        for rank in settings.checked_ranks
+    ]
+    graphs: dict[str, Any] = {}
     path = out / "step" / f"{preset}-{device}.json"
-    about = environment(device, torch.get_num_threads())
-    write_json(path, {"preset": preset, "environment": about, "rows": rows})
+    record = {
+        "preset": preset,
+        "settings": {**asdict(settings), "activations": str(dtype).removeprefix("torch.")},
+        "environment": environment(device, torch.get_num_threads()),
+        "rows": rows,
+        "training_step": shares,
+        "step_error_against_float64": errors,
+        "cuda_graph": graphs,
+    }
+    write_json(path, record)
+    if device != "cpu":
+        # Last, with the rest on disk: a capture that fails can leave the device unusable.
+        model, rank = settings.models[0], settings.ranks[0]
+        graphs.update(checks.graph_support(model, rank, settings.layers, settings.tokens))
+        write_json(path, record)
     return path
 
 
-def time_steps(name: str, rank: int, repeats: int, device: str) -> dict[str, Any]:
-    """Median milliseconds of each optimizer's step, the optimizers taking turns."""
-    model = MODELS[name]
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    for kind in ("foreach", "fused"):
-        options: Any = {kind: True}
-        parameters = [p for pair in make_pairs(model, rank, device) for p in (pair.A, pair.B)]
-        optimizers[f"adamw_{kind}"] = torch.optim.AdamW(parameters, lr=1e-4, **options)
-    pairs = make_pairs(model, rank, device)
-    factors = [p for pair in pairs for p in (pair.A, pair.B)]
-    optimizers["cg_without_curvature"] = CGLoRAOptimizer(
-        factors, lr=1e-4, pairs=pairs, curvature=None
+def _line(row: dict[str, Any]) -> str:
+    ms, state = row["ms"], row["state_bytes"]
+    return (
+        f"{row['model']} r={row['rank']}: step of {row['layers_timed']} layer(s) "
+        + ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
+        + f"; hooks {row['ms_hooks']['average']:.2f} ms; state of all {row['layers']} layers "
+        f"{state['cg'] / 2**20:.0f} MiB, {state['cg'] / state['adamw_fused']:.2f} x AdamW's"
     )
-    times: dict[str, list[float]] = {key: [] for key in optimizers}
-    for turn in range(repeats + 2):
-        for key, optimizer in optimizers.items():
-            _wait(device)
-            start = time.perf_counter()
-            optimizer.step()
-            _wait(device)
-            if turn >= 2:
-                times[key].append(1e3 * (time.perf_counter() - start))
-    return {
-        "model": name,
-        "rank": rank,
-        "layers_timed": 1,
-        "layers": model.layers,
-        "adamw_state_bytes": adamw_state_bytes(model, rank),
-        "ms": {key: statistics.median(values) for key, values in times.items()},
-    }
 
 
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def _share_line(share: dict[str, Any]) -> str:
+    return (
+        f"{share['model']} batch {share['batch']} x {share['sequence']}, {share['name']}: "
+        f"forward and backward {share['ms_forward_backward']:.1f} ms, hooks "
+        f"{share['ms_hooks']:.2f} ms, step {share['ms_step']:.2f} ms: {share['share']:.1%}"
+    )

@@ -1,27 +1,134 @@
-"""Step costs: bytes against a real optimizer, and a small run."""
+"""Step costs: bytes against real optimizers, what the runs do, and a small run of everything."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.works.step import MODELS, adamw_state_bytes, make_pairs, run_step
+from benchmarks.step import stopwatch
+from benchmarks.step.checks import step_error
+from benchmarks.step.layers import MODELS, AdapterStack, make_traffic
+from benchmarks.step.measure import make_optimizer, measure_model
+from benchmarks.step.state import curvature_buffer_bytes, curvature_state_bytes, state_bytes
+from benchmarks.works.step import run_step
+from cg_optim import CGLoRAOptimizer
+from cg_optim.curvature_store import INTERVAL, WARM_UP_STEPS
+
+TOY = MODELS["toy"]
+RANK = 4
 
 
-def test_state_bytes_are_those_of_a_real_optimizer() -> None:
-    model = MODELS["toy"]
-    pairs = [pair for _ in range(model.layers) for pair in make_pairs(model, 4, "cpu")]
-    optimizer = torch.optim.AdamW([p for pair in pairs for p in (pair.A, pair.B)])
+def one_step(name: str) -> torch.optim.Optimizer:
+    stack = AdapterStack(TOY, RANK, TOY.layers)
+    optimizer = make_optimizer(name, stack)
+    stack.forward_backward(make_traffic(TOY, 16, "cpu", torch.float32))
     optimizer.step()
-    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    assert adamw_state_bytes(model, 4) == held
+    return optimizer
 
 
-def test_tiny_run(tmp_path: Path) -> None:
+def distinct_bytes(tensors: list[Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", stopwatch.NAMES)
+def test_state_bytes_are_those_of_a_real_optimizer(name: str) -> None:
+    optimizer = one_step(name)
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    assert state_bytes(TOY, RANK)[name] == distinct_bytes(held)
+
+
+def test_buffer_bytes_are_what_the_curvature_holds_besides_its_state() -> None:
+    optimizer = one_step("cg")
+    held = [
+        value
+        for curvature in optimizer._store.distinct()
+        for value in vars(curvature).values()
+        if isinstance(value, Tensor)
+    ]
+    assert curvature_buffer_bytes(TOY) == distinct_bytes(held) - curvature_state_bytes(TOY)
+
+
+def test_shared_inputs_are_recognised_and_layers_kept_apart() -> None:
+    assert len(one_step("cg")._store.distinct()) == TOY.layers * len(TOY.inputs())
+
+
+def test_a_resumed_optimizer_collects_in_every_interval() -> None:
+    stack = AdapterStack(TOY, RANK, 1)
+    optimizer = make_optimizer("cg", stack)
+    assert isinstance(optimizer, CGLoRAOptimizer)
+    stopwatch.resume_after_warm_up(optimizer)
+    traffic = make_traffic(TOY, 16, "cpu", torch.float32)
+    contender = stopwatch.Contender(optimizer, lambda: stack.forward_backward(traffic))
+    assert optimizer.param_groups[0]["steps_taken"] >= WARM_UP_STEPS
+    said, seen = [], []
+    for _ in range(2 * INTERVAL):
+        said.append(contender.collecting)
+        optimizer.zero_grad()
+        contender.forward_backward()
+        before = optimizer._store.of(0)
+        updates = 0 if before is None else int(before.updates)
+        optimizer.step()
+        after = optimizer._store.of(0)
+        seen.append(after is not None and int(after.updates) > updates)
+    assert said == seen == [True, *[False] * (INTERVAL - 1)] * 2
+
+
+def test_summary_of_hand_made_turns() -> None:
+    turns = {
+        "adamw_foreach": [stopwatch.Turn(False, 10.0, 3.0)] * INTERVAL,
+        "adamw_fused": [stopwatch.Turn(False, 12.0, 1.0)] * INTERVAL,
+        "cg": [stopwatch.Turn(True, 19.0, 9.0)]
+        + [stopwatch.Turn(False, 12.0, 5.0)] * (INTERVAL - 1),
+    }
+    summary = stopwatch.summarise(turns)
+    assert summary["ms_forward_backward"] == 11.0
+    assert summary["ms_hooks"]["collecting"] == 8.0
+    assert summary["ms_hooks"]["other"] == 1.0
+    assert summary["ms_hooks"]["average"] == (8.0 + (INTERVAL - 1) * 1.0) / INTERVAL
+    step = (9.0 + (INTERVAL - 1) * 5.0) / INTERVAL
+    assert summary["ms"] == {"adamw_foreach": 3.0, "adamw_fused": 1.0, "cg": step}
+
+
+def test_measuring_under_autocast() -> None:
+    row = measure_model(
+        "toy", RANK, layers=1, tokens=16, cycles=1, device="cpu", dtype=torch.bfloat16
+    )
+    assert set(row["ms"]) == set(stopwatch.NAMES)
+
+
+def test_a_step_agrees_with_float64() -> None:
+    assert 0 < step_error("toy", RANK, 64, "cpu") < 1e-3
+
+
+def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AdapterStack.forward_backward
+
+    def in_half_precision(self, traffic):
+        original(self, traffic)
+        for parameter in self.parameters():
+            if parameter.dtype == torch.float32:
+                parameter.grad.copy_(parameter.grad.bfloat16())
+
+    monkeypatch.setattr(AdapterStack, "forward_backward", in_half_precision)
+    assert step_error("toy", RANK, 64, "cpu") > 1e-3
+
+
+def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(run_step("tiny", "cpu", tmp_path).read_text())
     (row,) = record["rows"]
-    assert set(row["ms"]) == {"adamw_foreach", "adamw_fused", "cg_without_curvature"}
+    assert set(row["ms"]) == set(row["state_bytes"]) == set(stopwatch.NAMES)
     assert all(value > 0 for value in row["ms"].values())
+    assert (row["model"], row["rank"], row["layers"], row["layers_timed"]) == ("toy", 4, 2, 2)
+    shares = {share["name"]: share for share in record["training_step"]}
+    assert set(shares) == set(stopwatch.NAMES)
+    for share in shares.values():
+        extra = share["ms_hooks"] + share["ms_step"]
+        assert share["share"] == pytest.approx(extra / (extra + share["ms_forward_backward"]))
+    assert record["step_error_against_float64"][0]["error"] < 1e-3
     assert record["environment"]["versions"]["torch"]
+    assert "x AdamW's" in capsys.readouterr().out

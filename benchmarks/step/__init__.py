@@ -1,0 +1,1 @@
+"""Cost of one training step: the optimizer, its hooks, its state, at the shapes of large models."""
