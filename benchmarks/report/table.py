@@ -1,102 +1,220 @@
-"""One row per method; what was not measured is shown as a dash."""
+"""Markdown tables of one topic; what was not measured is shown as a dash."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from ..cells import Result
-from ..metrics import mean_and_spread, median_censored, paired_difference, steps_to_target
-from ..sweep import BASELINE, Entry, Ledger, shortest
+from ..metrics import Paired, Width
+from ..sweep import BAND
+from .measures import NOWHERE, Measures, Reach
+from .topics import Topic
 
 MISSING = "\N{EN DASH}"
-COLUMNS = (
-    "method", "lr", "knob", "loss ± 2 SE", "minus AdamW", "verdict", "steps to AdamW's loss",
-    "shortest budget", "KL to full", "diverged", "failed", "state bytes", "ms fwd+bwd", "ms step",
-)  # fmt: skip
+OURS = "cg"
+Column = tuple[str, Callable[[Measures], str]]
 
 
-def table(ledger: Ledger, out: Path) -> str:
-    """The Markdown table of one task."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    study = ledger.study
-    path = out / study.work / study.preset / study.task / "divergences.json"
-    divergences = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    baseline = study.entry(BASELINE)
-    reference = reported(ledger, baseline) if baseline else {}
-    for entry in study.entries:
-        kl = divergences.get("methods", {}).get(entry.method, {}).get("mean")
-        lines.append("| " + " | ".join(_row(ledger, entry, reference, kl)) + " |")
+def tables(topic: Topic, measured: Sequence[Measures]) -> str:
+    """Outcome, robustness and cost of every method, with notes."""
+    steps = topic.study.steps
+    parts = [
+        markdown(outcome_columns(measured, steps), measured),
+        markdown(robustness_columns(), measured),
+        markdown(cost_columns(), measured),
+        *notes(topic, measured),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(columns: Sequence[Column], measured: Sequence[Measures]) -> str:
+    """A table with one row per method; columns without any value are left out."""
+    cells = [(name, [show(one) for one in measured]) for name, show in columns]
+    kept = [(name, rows) for name, rows in cells if any(text != MISSING for text in rows)]
+    return grid([name for name, _ in kept], zip(*(rows for _, rows in kept), strict=True))
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]] | zip[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def reported(ledger: Ledger, entry: Entry) -> dict[int, Result]:
-    """Finished reporting runs of the tuned setting, by seed; empty while tuning goes on."""
-    choice = ledger.choice(entry)
-    if choice is None:
-        return {}
-    seeds = ledger.study.reporting_seeds
-    found = {s: ledger.get(ledger.cell(entry, choice.lr, choice.knob, s)) for s in seeds}
-    return {seed: result for seed, result in found.items() if result is not None}
+def outcome_columns(measured: Sequence[Measures], steps: int) -> list[Column]:
+    """Losses, budgets and the distance to full fine-tuning."""
+    metrics = list(dict.fromkeys(name for one in measured for name in one.metrics))
 
+    def metric(name: str) -> Callable[[Measures], str]:
+        return lambda one: plus_minus(one.metrics.get(name))
 
-def _row(ledger: Ledger, entry: Entry, reference: dict[int, Result], kl: float | None) -> list[str]:
-    study, runs = ledger.study, reported(ledger, entry)
-    choice = ledger.choice(entry)
-    cells = ledger.of(entry.method)
-    complete = len(runs) == len(study.reporting_seeds)
-    losses = {seed: run.loss("report") for seed, run in runs.items()}
-    theirs = {seed: run.loss("report") for seed, run in reference.items()}
-    paired = paired_difference(losses, theirs) if entry.method != BASELINE else None
-    if paired is not None and not math.isfinite(paired.mean):
-        paired = None
-    shown = choice or ledger.leading(entry)
-    mean = MISSING
-    if losses:
-        mean = _plus_minus(*mean_and_spread(list(losses.values())))
-    steps = MISSING
-    if losses and len(theirs) == len(study.reporting_seeds):
-        target = sum(theirs.values()) / len(theirs)
-        reached = [
-            steps_to_target(run.curve["step"], run.curve["report"], target)
-            if run.status == "ok"
-            else None
-            for run in runs.values()
-        ]
-        median = median_censored(reached)
-        steps = f">{study.steps}" if median is None else f"{median:g}"
-    passed, _ = shortest(ledger, entry)
-    budget = min((fraction for fraction, good in passed.items() if good), default=None)
     return [
-        entry.method + ("" if complete else " (unfinished)"),
-        _number(shown and shown.lr),
-        _number(shown and shown.knob),
-        mean,
-        MISSING if paired is None else _plus_minus(paired.mean, paired.spread),
-        MISSING if paired is None or paired.count < 2 else paired.verdict,
-        steps,
-        _number(budget),
-        _number(kl),
-        str(sum(cell.status == "diverged" for cell in cells)),
-        str(sum(cell.status == "failed" for cell in cells)),
-        _cost(runs, "state_bytes", ".0f"),
-        _cost(runs, "ms_forward_backward"),
-        _cost(runs, "ms_step"),
+        ("method", named),
+        ("lr", lambda one: number(one.setting and one.setting.lr)),
+        ("knob", lambda one: number(one.setting and one.setting.knob)),
+        ("loss ± 2 SE", lambda one: plus_minus(one.loss)),
+        ("minus AdamW", lambda one: difference(one.difference)),
+        ("verdict", lambda one: verdict(one.difference)),
+        (f"steps to AdamW's loss (of {steps})", lambda one: reach(one.steps)),
+        ("seconds to AdamW's loss", lambda one: reach(one.seconds)),
+        ("shortest budget", lambda one: number(one.budget)),
+        ("gap closed", lambda one: MISSING if one.gap is None else f"{one.gap:.0%}"),
+        ("KL to full ± 2 SE", lambda one: plus_minus(one.kl)),
+        *((name.replace("_", " "), metric(name)) for name in metrics),
     ]
 
 
-def _plus_minus(mean: float, spread: float) -> str:
+def robustness_columns() -> list[Column]:
+    """What happens away from the tuned setting."""
+    return [
+        ("method", named),
+        (f"width, own best + {BAND - 1:.0%}", lambda one: width(one.width_own)),
+        ("width, AdamW's loss", lambda one: width(one.width_adamw)),
+        ("loss at default / tuned", lambda one: ratio(one.default)),
+        ("diverged", lambda one: f"{one.diverged} of {one.count}"),
+        ("failed", lambda one: f"{one.failed} of {one.count}"),
+    ]
+
+
+def cost_columns() -> list[Column]:
+    """Time of a solo run, and memory."""
+    return [
+        ("method", named),
+        (
+            "ms forward + backward",
+            lambda one: number(one.timing and one.timing.forward_backward),
+        ),
+        ("ms hooks", lambda one: number(one.timing and one.timing.hooks)),
+        ("ms step", lambda one: number(one.timing and one.timing.step)),
+        ("ms in all", lambda one: number(one.timing and one.timing.whole)),
+        ("state", lambda one: size(one.state_bytes)),
+        ("peak memory", lambda one: size(one.memory)),
+    ]
+
+
+def notes(topic: Topic, measured: Sequence[Measures]) -> list[str]:
+    """What the numbers were made with, and what has to be known to read them."""
+    lines = []
+    if topic.floor is not None:
+        value, reference = topic.floor
+        title = topic.titles.get(reference, reference)
+        lines.append(
+            f"KL is from {title}, in nats per held-out token; between two seeds of it: {value:.3g}."
+        )
+    if topic.outdated:
+        names = ", ".join(topic.titles[name] for name in sorted(topic.outdated))
+        lines.append(f"Made by an earlier version of the method: {names}.")
+    for one in measured:
+        lines += [f"{one.title} failed: `{error.replace('`', chr(39))}`" for error in one.errors]
+    lines.append(made_with(topic, measured))
+    return ["\n".join(f"- {line}" for line in lines if line)]
+
+
+def made_with(topic: Topic, measured: Sequence[Measures]) -> str:
+    """Seeds, machine, versions and commits of the reported runs."""
+    runs = [run for one in measured for run in one.runs.values()]
+    machines, packages, commits = set(), set(), set()
+    for run in runs:
+        where = run.environment
+        machine = where.get("machine", {})
+        parts = [machine.get("gpu"), machine.get("cpu")]
+        threads = where.get("threads")
+        parts.append(None if threads is None else f"{threads} thread{'s' if threads > 1 else ''}")
+        machines.add(", ".join(part for part in parts if part))
+        packages.add(
+            ", ".join(f"{key} {value}" for key, value in where.get("versions", {}).items())
+        )
+        commits.add(where.get("commit", ""))
+    seeds = topic.study.reporting_seeds
+    lines = [
+        f"Tuned on seed {listed(topic.study.tuning_seeds)}, reported on {listed(seeds)}",
+        "; ".join(sorted(machines - {""})),
+        "; ".join(sorted(packages - {""})),
+        "commit " + listed(sorted(commits - {""})) if commits - {""} else "",
+        f"recipe {topic.study.recipe}",
+    ]
+    return "; ".join(line for line in lines if line) + "."
+
+
+def listed(values: Sequence[object]) -> str:
+    """Values separated by commas."""
+    return ", ".join(map(str, values))
+
+
+def named(one: Measures) -> str:
+    """Title of a method, ours in bold, and what is missing."""
+    bold = one.method.partition("[")[0] == OURS
+    title = f"**{one.title}**" if bold else one.title
+    return title + (f" ({one.state})" if one.state else "")
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; whole numbers from 100 on."""
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def plus_minus(value: tuple[float, float] | None) -> str:
+    """Mean and spread, the mean to one digit beyond the spread's first two."""
+    if value is None:
+        return MISSING
+    mean, spread = value
     if not math.isfinite(mean):
         return "diverged or failed"
-    return f"{mean:.4g} ± " + (f"{spread:.2g}" if math.isfinite(spread) else MISSING)
+    if not math.isfinite(spread):
+        return f"{mean:.4g} ± {MISSING}"
+    if spread == 0:
+        return f"{mean:.4g} ± 0"
+    digits = 1 - math.floor(math.log10(spread))
+    if digits > 6:
+        return f"{mean:.3g} ± {spread:.1g}"
+    digits = max(0, digits)
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"
+def difference(paired: Paired | None) -> str:
+    """A paired difference with its sign."""
+    if paired is None:
+        return MISSING
+    text = plus_minus((paired.mean, paired.spread))
+    return text if text.startswith("-") else f"+{text}"
 
 
-def _cost(runs: dict[int, Result], name: str, form: str = ".3g") -> str:
-    values = [run.costs[name] for run in runs.values() if run.costs.get(name) is not None]
-    median = median_censored(values)
-    return MISSING if median is None else format(median, form)
+def verdict(paired: Paired | None) -> str:
+    """``lower``, ``higher`` or ``level``; nothing to say of a single seed."""
+    return MISSING if paired is None or paired.count < 2 else paired.verdict
+
+
+def reach(value: Reach | None) -> str:
+    """Steps or seconds; ``>`` where the target was not reached."""
+    if value is None:
+        return MISSING
+    return (">" if value.censored else "") + number(value.value)
+
+
+def width(value: Width | None) -> str:
+    """Ratio of the ends; a lower bound where the sweep ended inside."""
+    if value is None:
+        return MISSING
+    if value is NOWHERE:
+        return "none"
+    return ("\N{GREATER-THAN OR EQUAL TO}" if value.is_open else "") + f"{value.ratio:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio of losses."""
+    if value is None:
+        return MISSING
+    return f"{value:.3g}" if math.isfinite(value) else "diverged"
+
+
+def size(value: float | None) -> str:
+    """Bytes in a readable unit."""
+    if value is None:
+        return MISSING
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{number(value)} {unit}"
+        value /= 1024
+    return f"{number(value)} GiB"

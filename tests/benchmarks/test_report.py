@@ -2,47 +2,251 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from benchmarks.__main__ import main
 from benchmarks.cells import Cell, Result, save
-from benchmarks.report import BEGIN, END, refresh_block, write_report
-from benchmarks.report.table import MISSING, table
+from benchmarks.metrics import Width
+from benchmarks.report import BEGIN, END, refresh_block
+from benchmarks.report.measures import NOWHERE, Measures, Reach, gap, measure
+from benchmarks.report.table import MISSING, markdown, number, plus_minus, size, tables, width
+from benchmarks.report.topics import Topic, make_topic, topics
 from benchmarks.sweep import Entry, Ledger, Study, plan
 
-
-def finished(study: Study, loss: dict[str, float]) -> list[Result]:
-    """All cells of ``study``, the loss lowest at the sweep's centre."""
-    results: list[Result] = []
-    while requests := plan(study, results):
-        for request in requests:
-            cell: Cell = request.cell
-            value = loss[cell.method] + abs(cell.lr - 1e-3) + 0.01 * cell.seed
-            curve = {"step": [0.0, 10.0], "seconds": [0.0, 1.0]}
-            curve |= {"choose": [9.0, value], "report": [9.0, value]}
-            final = {"choose": value, "report": value}
-            results.append(Result(cell, "ok", curve=curve, final=final))
-    return results
+BASE = {"adamw": 2.0, "cg": 1.0, "full-adamw": 0.5}
+TITLES = {"adamw": "AdamW", "cg": "ours", "full-adamw": "full"}
+FULL = {"width": True, "defaults": True, "short": False}
 
 
-def study() -> Study:
-    entries = (Entry("adamw", lr=1e-3), Entry("cg", lr=1e-3))
-    extras = {"width": False, "defaults": False, "short": False}
+def study(*names: str, **changes: object) -> Study:
+    entries = tuple(Entry(name, lr=1e-3, default=1e-3) for name in names or ("adamw", "cg"))
+    extras = {"width": False, "defaults": False, "short": False, **changes}
     return Study("linear", "tiny", "t", "r", 10, entries, **extras)  # type: ignore[arg-type]
 
 
-def test_paired_difference_and_steps(tmp_path: Path) -> None:
+def loss(cell: Cell) -> float:
+    """Lowest at 0.001; half a decade away higher by 10 %; seeds 0.01 apart."""
+    decades = abs(math.log10(cell.lr) + 3)
+    return BASE[cell.method] * (1 + 0.2 * decades) + 0.01 * cell.seed
+
+
+def record(cell: Cell, value: float) -> Result:
+    curve = {"step": [0.0, 5.0, 10.0], "seconds": [0.0, 1.0, 2.0]}
+    curve |= {half: [9.0, 1.5, value] for half in ("choose", "report")}
+    final = {"choose": value, "report": value, "accuracy": 0.5}
+    costs = {"state_bytes": 2048.0, "peak_memory": 3.0 * 2**20}
+    return Result(cell, "ok", curve=curve, final=final, costs=costs)
+
+
+def finished(ours: Study, value: Callable[[Cell], float] = loss) -> list[Result]:
+    """All cells that the plan asks for."""
+    results: list[Result] = []
+    while requests := plan(ours, results):
+        results += [record(request.cell, value(request.cell)) for request in requests]
+    return results
+
+
+def topic(ours: Study, results: list[Result]) -> Topic:
+    return Topic(Ledger(ours, results), TITLES, "t")
+
+
+def measured(ours: Study, results: list[Result]) -> dict[str, Measures]:
+    return {one.method: one for one in measure(topic(ours, results))}
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_losses_differences_and_steps_are_paired_over_seeds() -> None:
     ours = study()
-    rows = table(Ledger(ours, finished(ours, {"adamw": 2.0, "cg": 1.0})), tmp_path).splitlines()
-    row = [part.strip() for part in rows[3].strip("|").split("|")]
+    found = measured(ours, finished(ours))
+    assert list(found) == ["cg", "adamw"]  # the lowest loss first
     # Losses 1.01, 1.02, 1.03: mean 1.02, two standard errors 2 * 0.01 / sqrt(3).
-    assert row[:4] == ["cg", "0.001", MISSING, "1.02 ± 0.012"]
-    assert row[4].startswith("-1 ±")
-    assert row[5:7] == ["lower", "10"]
+    assert found["cg"].loss == (pytest.approx(1.02), pytest.approx(0.02 / math.sqrt(3)))
+    assert found["cg"].difference is not None
+    assert found["cg"].difference.mean == pytest.approx(-1.0)
+    assert found["cg"].difference.verdict == "lower"
+    assert found["adamw"].difference is None
+    # The curves pass 1.5 at step 5, AdamW itself ends at its own loss.
+    assert found["cg"].steps == Reach(5.0)
+    assert found["adamw"].steps == Reach(5.0)
+    assert found["cg"].state_bytes == 2048
+    assert found["cg"].metrics == {"accuracy": (0.5, 0.0)}
 
 
-def test_unfinished_is_marked_and_missing_is_a_dash(tmp_path: Path) -> None:
-    row = table(Ledger(study(), []), tmp_path).splitlines()[2]
-    assert f"adamw (unfinished) | {MISSING} | {MISSING} | {MISSING}" in row
+def test_what_is_not_reached_is_censored() -> None:
+    ours = study()
+    results = finished(ours, lambda cell: loss(cell) if cell.method == "cg" else 0.1)
+    steps = measured(ours, results)["cg"].steps
+    assert steps == Reach(10.0, censored=True)
+
+
+def test_widths_and_default() -> None:
+    ours = study(**FULL)
+    found = measured(ours, finished(ours))
+    # Half a decade costs 10 %, so 2 % (of the loss on seed 0) are a tenth of a decade each way.
+    own = found["cg"].width_own
+    assert own is not None
+    assert own.ratio == pytest.approx(10**0.2, rel=1e-2)
+    # AdamW's loss is twice ours: five decades each way, wider than the sweep may go.
+    assert found["cg"].width_adamw is not None
+    assert found["cg"].width_adamw.is_open
+    assert found["adamw"].width_adamw is None
+    assert found["cg"].default == pytest.approx(1.0)
+    worse = measured(ours, finished(ours, lambda cell: loss(cell) + 3 * (cell.method == "cg")))
+    assert worse["cg"].width_adamw is NOWHERE
+
+
+def test_gap_closed_uses_the_better_full_fine_tuning() -> None:
+    losses = {
+        "adamw": {1: 2.0, 2: 2.2},
+        "cg": {1: 1.5, 2: 1.7},
+        "full-adamw": {1: 1.8, 2: 2.0},
+        "full-muon": {1: 1.0, 2: 1.2},
+    }
+    assert gap(losses, "cg") == pytest.approx(0.5)
+    assert gap(losses, "full-muon") == pytest.approx(1.0)
+    assert gap({name: losses[name] for name in ("adamw", "cg")}, "cg") is None
+    # Within the spread of AdamW's distance there is no gap to speak of.
+    assert gap({**losses, "full-muon": {1: 0.0, 2: 3.5}}, "cg") is None
+
+
+def test_solo_times_and_divergences_count_for_their_own_cells_only() -> None:
+    ours = study()
+    results = finished(ours)
+    cell = next(r.cell for r in results if r.cell.method == "cg" and r.cell.seed == 1)
+    timed = {"cell": cell.name, "ms_forward_backward": 5.0, "ms_step": 3.0, "ms_hooks": 1.0}
+    kl = {"seeds": {"1": 0.25, "2": 9.0}, "cells": {"1": cell.name, "2": "another"}}
+    before = topic(ours, results)
+    found = {
+        one.method: one
+        for one in measure(replace(before, timings={"cg": timed}, divergences={"cg": kl}))
+    }
+    timing = found["cg"].timing
+    assert timing is not None
+    assert (timing.forward_backward, timing.hooks, timing.step, timing.whole) == (4, 1, 3, 8)
+    assert found["cg"].seconds == Reach(pytest.approx(5 * 8e-3))  # type: ignore[arg-type]
+    assert found["cg"].kl == (0.25, math.inf)
+    stale = replace(before, timings={"cg": {**timed, "cell": "another"}})
+    assert {one.method: one.timing for one in measure(stale)}["cg"] is None
+
+
+def test_unfinished_broken_and_diverged_methods_are_marked() -> None:
+    ours = study("adamw", "cg", "full-adamw")
+    results = finished(ours)
+    results = [r for r in results if (r.cell.method, r.cell.seed) != ("cg", 3)]
+    for result in results:
+        if result.cell.method == "full-adamw":
+            result.status, result.error = "failed", "ValueError: a | b"
+    found = measured(ours, results)
+    assert [found[name].state for name in ("adamw", "cg", "full-adamw")] == [
+        "", "unfinished", "failed",
+    ]  # fmt: skip
+    assert found["full-adamw"].failed == found["full-adamw"].count > 0
+    text = tables(topic(ours, results), list(found.values()))
+    assert "**ours** (unfinished)" in text
+    assert "full failed: `ValueError: a | b`" in text
+
+
+def test_columns_without_values_are_left_out_and_missing_is_a_dash() -> None:
+    columns = [
+        ("name", lambda one: one.method),
+        ("memory", lambda one: size(one.memory)),
+        ("never", lambda one: MISSING),
+    ]
+    text = markdown(columns, [Measures("a", "A", memory=1.0), Measures("b", "B")])
+    assert rows(text) == [["name", "memory"], ["---", "---"], ["a", "1 B"], ["b", MISSING]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (number(0.001), "0.001"),
+        (number(123456), "123456"),
+        (number(0.0), "0"),
+        (number(None), MISSING),
+        (plus_minus((1.23456, 0.0123)), "1.235 ± 0.012"),
+        (plus_minus((1234.56, 123.0)), "1235 ± 123"),
+        (plus_minus((1.23456, math.inf)), f"1.235 ± {MISSING}"),
+        (plus_minus((math.inf, math.nan)), "diverged or failed"),
+        (size(1536.0), "1.5 KiB"),
+        (width(Width(1e-3, 1e-1, low_open=False, high_open=True)), "≥100"),
+        (width(NOWHERE), "none"),
+    ],
+)
+def test_numbers_are_readable(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def registered(results: list[Result], task: str = "c1e2") -> list[Result]:
+    return [replace(one, cell=replace(one.cell, task=task)) for one in results]
+
+
+def test_cells_of_other_seeds_tasks_methods_and_revisions_are_reported() -> None:
+    def rerun(cell: Cell) -> Cell:
+        seed = cell.seed + 5 if cell.seed else 0
+        return replace(
+            cell, seed=seed, task="my-own", revision="old" if cell.method == "cg" else ""
+        )
+
+    results = [replace(one, cell=rerun(one.cell)) for one in finished(study())]
+    gone = replace(results[0].cell, method="gone[x=1]", revision="")
+    found = make_topic([*results, record(gone, 1.0)])
+    assert found.study.reporting_seeds == (6, 7, 8)
+    assert found.outdated == {"cg"}
+    assert found.titles == {
+        "adamw": "AdamW", "cg": "CGLoRAOptimizer", "gone[x=1]": "gone[x=1]",
+    }  # fmt: skip
+    losses = {one.method: one.losses for one in measure(found)}
+    assert losses["cg"] == {6: 1.01, 7: 1.02, 8: 1.03}
+
+
+def test_reported_runs_are_shown_while_tuning_is_unfinished() -> None:
+    results = [r for r in finished(study()) if r.cell.seed]
+    found = {one.method: one for one in measure(make_topic(registered(results)))}
+    assert found["cg"].state == "unfinished"
+    assert found["cg"].losses == {1: 1.01, 2: 1.02, 3: 1.03}
+
+
+def test_short_budgets_are_not_taken_for_the_whole_one() -> None:
+    results = registered(finished(study()), "elsewhere")
+    short = replace(results[0].cell, steps=3)
+    assert make_topic([record(short, 5.0), *results]).study.steps == 10
+
+
+def test_two_recipes_of_a_task_are_two_topics(tmp_path: Path) -> None:
+    for result in registered(finished(study())):
+        save(result, tmp_path)
+        save(replace(result, cell=replace(result.cell, recipe="r2")), tmp_path)
+    labels = [one.label for one in topics(tmp_path)]
+    assert labels == ["linear / tiny / c1e2 / r", "linear / tiny / c1e2 / r2"]
+
+
+def test_broken_files_beside_the_cells_are_passed_over(tmp_path: Path) -> None:
+    for result in registered(finished(study())):
+        save(result, tmp_path)
+    folder = tmp_path / "linear/tiny/c1e2"
+    (folder / "timing.json").write_text("{")
+    (folder / "divergence.json").write_text(json.dumps({"reference": "full-adamw", "floor": 0.1}))
+    (found,) = topics(tmp_path)
+    assert found.timings == {}
+    assert found.floor == (0.1, "full-adamw")
+
+
+def test_nothing_to_report_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no finished runs to report\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_block_between_markers_changes(tmp_path: Path) -> None:
@@ -53,10 +257,3 @@ def test_only_the_block_between_markers_changes(tmp_path: Path) -> None:
     path.write_text("no markers")
     assert not refresh_block(path, "new")
     assert path.read_text() == "no markers"
-
-
-def test_unknown_tasks_are_left_out(tmp_path: Path) -> None:
-    cell = Cell("linear", "tiny", "nowhere", "adamw", 1e-3, None, 0, 1, "r")
-    save(Result(cell, "ok"), tmp_path)
-    write_report(tmp_path, refresh=False)
-    assert "No finished runs." in (tmp_path / "report.md").read_text()
