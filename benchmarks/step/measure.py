@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from functools import partial
 from typing import Any
 
@@ -11,9 +13,16 @@ from torch.optim import AdamW
 
 from cg_optim import CGLoRAOptimizer
 
-from .layers import MODELS, AdapterStack, make_traffic
+from .layers import MODELS, AdapterStack, Model, make_traffic
 from .state import curvature_buffer_bytes, state_bytes
-from .stopwatch import NAMES, Contender, resume_after_warm_up, summarise, take_turns
+from .stopwatch import (
+    NAMES,
+    Contender,
+    milliseconds,
+    resume_after_warm_up,
+    summarise,
+    take_turns,
+)
 
 LR = 1e-4
 
@@ -51,6 +60,12 @@ def measure_model(
         cycles: Repeats of the whole refresh schedule.
         device: Where to run.
         dtype: Of activations; the adapters are float32, under autocast if this is not.
+
+    Returns:
+        The sizes asked for; ``state_bytes`` and ``buffer_bytes`` of all layers; the medians of
+        :func:`~benchmarks.step.stopwatch.summarise` and ``ms_frozen_linears`` for the layers that
+        were timed; ``share_estimate``, the part that hooks and optimizer step have in a whole
+        training step; on a GPU ``peak_bytes``.
     """
     model = MODELS[name]
     traffic = make_traffic(model, tokens, device, dtype)
@@ -61,7 +76,7 @@ def measure_model(
         if isinstance(optimizer, CGLoRAOptimizer):
             resume_after_warm_up(optimizer)
         contenders[contender] = Contender(optimizer, partial(stack.forward_backward, traffic))
-    row = {
+    row: dict[str, Any] = {
         "model": name,
         "rank": rank,
         "layers_timed": layers,
@@ -71,9 +86,31 @@ def measure_model(
         "buffer_bytes": {"cg": curvature_buffer_bytes(model)},
         **summarise(take_turns(contenders, cycles, device)),
     }
+    frozen = layers * frozen_layer_ms(model, tokens, device, dtype)
+    usual = frozen + row["ms_forward_backward"]
+    row["ms_frozen_linears"] = frozen
+    row["share_estimate"] = {
+        key: extra / (usual + extra)
+        for key, step in row["ms"].items()
+        for extra in [step + (row["ms_hooks"]["average"] if key == "cg" else 0.0)]
+    }
     if torch.device(device).type == "cuda":
         row["peak_bytes"] = {key: _peak_bytes(one) for key, one in contenders.items()}
     return row
+
+
+@functools.cache
+def frozen_layer_ms(model: Model, tokens: int, device: str, dtype: torch.dtype) -> float:
+    """Estimate of what the frozen linear layers of one decoder layer take, forward and backward.
+
+    One square product is timed and the others taken to be as fast: the weights of a whole large
+    layer need not fit. Frozen weights have an input's gradient only; attention is left out.
+    """
+    x = torch.randn(tokens, model.hidden, device=device, dtype=dtype)
+    weight = torch.randn(model.hidden, model.hidden, device=device, dtype=dtype)
+    times = [milliseconds(lambda: x @ weight, device) for _ in range(4)][1:]
+    weights = sum(linear.in_features * linear.out_features for linear in model.linears())
+    return 2 * statistics.median(times) * weights / model.hidden**2
 
 
 def _peak_bytes(contender: Contender) -> int:

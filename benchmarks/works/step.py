@@ -117,7 +117,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['model']} r={row['rank']}: step of {row['layers_timed']} layer(s) "
         + ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
-        + f"; hooks {row['ms_hooks']['average']:.2f} ms; state of all {row['layers']} layers "
+        + f"; hooks {row['ms_hooks']['average']:.2f} ms; of a whole training step about "
+        f"{row['share_estimate']['adamw_fused']:.2%} and {row['share_estimate']['cg']:.2%}; state of all {row['layers']} layers "
         f"{state['cg'] / 2**20:.0f} MiB, {state['cg'] / state['adamw_fused']:.2f} x AdamW's"
     )
 

@@ -124,6 +124,7 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(row["ms"]) == set(row["state_bytes"]) == set(stopwatch.NAMES)
     assert all(value > 0 for value in row["ms"].values())
     assert (row["model"], row["rank"], row["layers"], row["layers_timed"]) == ("toy", 4, 2, 2)
+    assert 0 < row["share_estimate"]["adamw_fused"] < 1
     shares = {share["name"]: share for share in record["training_step"]}
     assert set(shares) == set(stopwatch.NAMES)
     for share in shares.values():
