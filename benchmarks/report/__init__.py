@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..usage import UsageError
-from .measures import measure
+from .measures import Measures, measure
+from .plots import draw
+from .step_cost import draw_step_cost, step_costs, step_table
+from .summary import summary
 from .table import tables
-from .topics import topics
+from .topics import Topic, topics
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository, whose READMEs show the committed results."""
+
+Section = Callable[[str], str]
+"""Text of a section, given the way from the file it is put in to the folder of the pictures."""
 
 
 def write_report(out: Path, *, refresh: bool) -> None:
-    """Write ``out/report.md``.
+    """Write ``out/report.md`` and the pictures it shows.
 
     Args:
         out: folder with the records of the works.
@@ -22,23 +31,49 @@ def write_report(out: Path, *, refresh: bool) -> None:
     Raises:
         UsageError: If there is nothing to report.
     """
-    sections = []
-    for topic in topics(out):
-        sections.append(f"### {topic.label}\n\n{tables(topic, measure(topic))}")
+    found = [(topic, measure(topic)) for topic in topics(out)]
+    sections = [*_trained(found, out), *_timed(out)]
     if not sections:
         raise UsageError(f"{out}: no finished runs to report")
-    text = "\n\n".join(sections)
     path = out / "report.md"
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text("\n\n".join(text("") for text in sections) + "\n", encoding="utf-8")
     print(f"report: {path}")
     if refresh:
-        readme = Path(__file__).resolve().parents[1] / "README.md"
-        refresh_block(readme, text)
+        benchmarks = ROOT / "benchmarks"
+        way = f"{out.resolve().relative_to(benchmarks).as_posix()}/"
+        refresh_block(benchmarks / "README.md", "\n\n".join(text(way) for text in sections))
+        refresh_block(ROOT / "README.md", summary(found))
+
+
+def _trained(found: Sequence[tuple[Topic, Sequence[Measures]]], out: Path) -> list[Section]:
+    sections = []
+    for topic, measured in found:
+        pictures = draw(topic, measured, out)
+        sections.append(_section(topic.label, tables(topic, measured), pictures))
+    return sections
+
+
+def _timed(out: Path) -> list[Section]:
+    sections = []
+    for cost in step_costs(out):
+        label = f"step / {cost.label}"
+        picture = draw_step_cost(cost, out)
+        pictures = [] if picture is None else [(f"{label}: step cost against rank", picture)]
+        sections.append(_section(label, step_table(cost), pictures))
+    return sections
+
+
+def _section(label: str, text: str, pictures: Sequence[tuple[str, Path]]) -> Section:
+    def written(way: str) -> str:
+        images = [f"![{words}]({way}{path.as_posix()})" for words, path in pictures]
+        return "\n\n".join([f"### {label}", text, *images])
+
+    return written
 
 
 def refresh_block(path: Path, text: str) -> bool:
     """Replace what stands between the markers in ``path``; whether there were any."""
-    if not path.is_file():
+    if not text or not path.is_file():
         return False
     old = path.read_text(encoding="utf-8")
     before, begin, rest = old.partition(BEGIN)

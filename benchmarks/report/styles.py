@@ -1,0 +1,74 @@
+"""How methods look in plots: the same everywhere, ours in front."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS = "cg"
+DPI = 100
+COLOURS_KEPT = 128
+
+_SOLID, _DASHED, _DOTTED = "-", (0, (5, 2)), (0, (1, 1.2))
+_STYLES: dict[str, tuple[str, Any, str]] = {
+    "cg": ("#d62728", _SOLID, "o"),
+    "adamw": ("#111111", _SOLID, "s"),
+    "full-adamw": ("#666666", _DASHED, "D"),
+    "full-muon": ("#a0a0a0", _DASHED, "d"),
+    "soap": ("#1f77b4", _SOLID, "^"),
+    "lora+": ("#ff7f0e", _SOLID, "v"),
+    "lora-rite": ("#2ca02c", _SOLID, "<"),
+    "riemannian": ("#9467bd", _SOLID, ">"),
+    "muon": ("#17becf", _SOLID, "p"),
+    "kron": ("#bcbd22", _SOLID, "h"),
+    "shampoo": ("#8c564b", _SOLID, "P"),
+    "lora-fa": ("#e377c2", _SOLID, "X"),
+    "eva": ("#1f77b4", _DOTTED, "^"),
+    "lora-ga": ("#2ca02c", _DOTTED, "<"),
+    "pissa": ("#9467bd", _DOTTED, ">"),
+    "corda": ("#8c564b", _DOTTED, "P"),
+}
+_OTHERS = ("#e7969c", "#7b4173", "#637939", "#3182bd", "#e6550d", "#756bb1", "#843c39", "#31a354")
+_VARIANTS = ("#ff9896", "#8b0000", "#e6550d", "#c51b8a", "#fdae6b", "#7a0177")
+
+
+def style(method: str) -> dict[str, Any]:
+    """Line properties of a method; a variant of ours is a dashed line of a reddish colour."""
+    if method in _STYLES:
+        colour, dashes, marker = _STYLES[method]
+    else:
+        base = method.partition("[")[0]
+        colours = _VARIANTS if base == OURS else _OTHERS
+        colour = colours[zlib.crc32(method.encode()) % len(colours)]
+        dashes, marker = _DASHED, "o" if base == OURS else "*"
+    front = {OURS: (3.0, 10), "adamw": (2.2, 9)}
+    width, order = front.get(method, (1.4, 5))
+    return {
+        "color": colour, "linestyle": dashes, "marker": marker, "linewidth": width, "zorder": order,
+    }  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG with a small palette: a third of the size, nothing lost to the eye."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.copy()).quantize(COLOURS_KEPT, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure that no window system and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
