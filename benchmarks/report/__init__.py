@@ -8,7 +8,7 @@ from pathlib import Path
 from ..usage import UsageError
 from .measures import Measures, measure
 from .plots import draw
-from .step_cost import draw_step_cost, step_costs, step_table
+from .step_cost import draw_step_cost, step_costs, step_text
 from .summary import summary
 from .table import tables
 from .topics import Topic, topics
@@ -59,7 +59,7 @@ def _timed(out: Path) -> list[Section]:
         label = f"step / {cost.label}"
         picture = draw_step_cost(cost, out)
         pictures = [] if picture is None else [(f"{label}: step cost against rank", picture)]
-        sections.append(_section(label, step_table(cost), pictures))
+        sections.append(_section(label, step_text(cost), pictures))
     return sections
 
 

@@ -147,7 +147,11 @@ def _draw_curves(
 
 def draw_rates(topic: Topic, measured: Sequence[Measures], path: Path) -> bool:
     """Final tuning loss over the learning rate, one line a method; a cross is a diverged run."""
-    lines = {one.method: found for one in measured if (found := rate_line(topic, one))}
+    lines = {
+        one.method: found
+        for one in measured
+        if one.state != "failed" and (found := rate_line(topic, one))
+    }
     finite = [y for line in lines.values() for y in line.values() if math.isfinite(y)]
     if not finite:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from .table import MISSING, grid, number, size
 from .topics import read_json
 
 Row = Mapping[str, Any]
+Family = tuple[str, str, Callable[[float | None], str]]
+"""A key whose values are numbers by name, the words of a column, and how a number is shown."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,20 @@ class StepCost:
 
     Attributes:
         label: file name without ending: preset and device.
-        rows: as written: ``model``, ``rank``, ``ms`` and ``state_bytes`` by optimizer, ``layers``
-            and ``layers_timed``. Any of them may be missing.
+        rows: as written: ``model``, ``rank``, ``layers``, ``layers_timed`` and the families of
+            numbers of :data:`TIMES` and :data:`SHARES`. Any of them may be missing.
+        training: whole training steps on small models.
+        errors: errors of a step against float64.
+        graphs: what became of CUDA graphs.
         environment: machine, versions, commit.
     """
 
     label: str
     rows: tuple[Row, ...]
+    training: tuple[Row, ...] = ()
+    errors: tuple[Row, ...] = ()
+    graphs: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def optimizers(self) -> list[str]:
-        """Names of all optimizers that were timed or counted, in the order of the file."""
-        names = [
-            name
-            for row in self.rows
-            for key in ("ms", "state_bytes")
-            for name in by_optimizer(row, key)
-        ]
-        return list(dict.fromkeys(names))
 
 
 def step_costs(out: Path) -> list[StepCost]:
@@ -48,17 +45,29 @@ def step_costs(out: Path) -> list[StepCost]:
     found = []
     for path in sorted((out / "step").glob("*.json")):
         raw = read_json(path)
-        rows = raw.get("rows")
-        usable = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        if usable:
-            environment = raw.get("environment")
-            about = environment if isinstance(environment, dict) else {}
-            found.append(StepCost(path.stem, tuple(usable), about))
+        rows = _dicts(raw.get("rows"))
+        if rows:
+            graphs, about = raw.get("cuda_graph"), raw.get("environment")
+            cost = StepCost(
+                path.stem,
+                rows,
+                training=_dicts(raw.get("training_step")),
+                errors=_dicts(raw.get("step_error_against_float64")),
+                graphs=graphs if isinstance(graphs, dict) else {},
+                environment=about if isinstance(about, dict) else {},
+            )
+            found.append(cost)
     return found
 
 
-def by_optimizer(row: Row, key: str) -> dict[str, float]:
-    """The finite numbers of ``row[key]`` by optimizer; a single number counts for none."""
+def _dicts(rows: Any) -> tuple[Row, ...]:
+    if not isinstance(rows, list):
+        return ()
+    return tuple(row for row in rows if isinstance(row, dict))
+
+
+def numbers(row: Row, key: str) -> dict[str, float]:
+    """The finite numbers of ``row[key]`` by name; a lone number belongs to no name."""
     values = row.get(key)
     if not isinstance(values, Mapping):
         return {}
@@ -69,41 +78,100 @@ def by_optimizer(row: Row, key: str) -> dict[str, float]:
     }
 
 
-def step_table(cost: StepCost) -> str:
-    """Milliseconds of a step and bytes of state, one line per model and rank."""
-    names = cost.optimizers
-    timed = [name for name in names if any(name in by_optimizer(r, "ms") for r in cost.rows)]
-    counted = [
-        name for name in names if any(name in by_optimizer(r, "state_bytes") for r in cost.rows)
+def percent(value: float | None) -> str:
+    """A share with two significant digits."""
+    return MISSING if value is None else f"{100 * value:.2g}%"
+
+
+TIMES: tuple[Family, ...] = (
+    ("ms", "ms {}", number),
+    ("ms_cg_step", "ms cg step, {}", number),
+    ("ms_hooks", "ms cg hooks, {}", number),
+)
+REPEATED = ("ms_cg_step", "average")
+"""The same number as ``cg`` of ``ms``."""
+SHARES: tuple[Family, ...] = (
+    ("share_estimate", "share of {}", percent),
+    ("state_bytes", "state of {}", size),
+    ("buffer_bytes", "buffers of {}", size),
+    ("peak_bytes", "peak of {}", size),
+)
+
+
+def step_text(cost: StepCost) -> str:
+    """Tables of one file: time, then shares and memory, then whole training steps; and notes."""
+    parts = [
+        family_table(cost, TIMES),
+        family_table(cost, SHARES),
+        training_table(cost),
+        "\n".join(f"- {line}" for line in notes(cost)),
     ]
-    header = ["model", "rank", "layers timed"]
-    header += [f"ms {readable(name)}" for name in timed]
-    header += [f"state {readable(name)}" for name in counted]
+    return "\n\n".join(part for part in parts if part)
+
+
+def family_table(cost: StepCost, families: Sequence[Family]) -> str:
+    """One line per model and rank, a column for each name of each family; empty without any."""
+    columns = []
+    for key, words, show in families:
+        names = dict.fromkeys(name for row in cost.rows for name in numbers(row, key))
+        columns += [
+            (key, name, words.format(readable(name)), show)
+            for name in names
+            if (key, name) != REPEATED
+        ]
+    if not columns:
+        return ""
+    header = ["model", "rank", "layers timed", *(words for _, _, words, _ in columns)]
     rows = []
     for row in cost.rows:
-        ms, state = by_optimizer(row, "ms"), by_optimizer(row, "state_bytes")
-        layers = row.get("layers")
-        of = "" if layers is None else f" of {layers}"
-        rows.append(
-            [
-                str(row.get("model", MISSING)),
-                str(row.get("rank", MISSING)),
-                MISSING if "layers_timed" not in row else f"{row['layers_timed']}{of}",
-                *(number(ms.get(name)) for name in timed),
-                *(size(state.get(name)) for name in counted),
-            ]
-        )
-    machine = cost.environment.get("machine", {})
-    versions = cost.environment.get("versions", {})
-    torch = versions.get("torch")
-    about = [
-        machine.get("gpu") or machine.get("cpu"),
-        torch and f"torch {torch}",
-        cost.environment.get("commit") and f"commit {cost.environment['commit']}",
+        of = "" if row.get("layers") is None else f" of {row['layers']}"
+        timed = row.get("layers_timed")
+        first = [row.get("model", MISSING), row.get("rank", MISSING)]
+        values = [show(numbers(row, key).get(name)) for key, name, _, show in columns]
+        rows.append([*map(str, first), MISSING if timed is None else f"{timed}{of}", *values])
+    return grid(header, rows)
+
+
+def training_table(cost: StepCost) -> str:
+    """Whole training steps on small models."""
+    header = ["model", "batch x length", "rank", "optimizer", "ms forward + backward", "ms hooks"]
+    header += ["ms step", "share of hooks and step"]
+    rows = [
+        [
+            str(row.get("model", MISSING)),
+            f"{row.get('batch', MISSING)} x {row.get('sequence', MISSING)}",
+            str(row.get("rank", MISSING)),
+            readable(str(row.get("name", MISSING))),
+            *(number(row.get(key)) for key in ("ms_forward_backward", "ms_hooks", "ms_step")),
+            percent(row.get("share")),
+        ]
+        for row in cost.training
     ]
-    made = "; ".join(part for part in about if part)
-    note = "Milliseconds are of the timed layers, bytes of all layers." + (made and f" {made}.")
-    return f"{grid(header, rows)}\n\n- {note}"
+    return grid(header, rows) if rows else ""
+
+
+def notes(cost: StepCost) -> list[str]:
+    """What the numbers mean and were made with."""
+    lines = [
+        "Milliseconds are of the timed layers, state and buffers of all layers; shares are of a "
+        "whole training step, estimated from the shapes."
+    ]
+    errors = [row["error"] for row in cost.errors if isinstance(row.get("error"), (int, float))]
+    if errors:
+        lines.append(f"Largest relative error of a step against float64: {max(errors):.1e}.")
+    for name, graph in cost.graphs.items():
+        if isinstance(graph, Mapping):
+            result = graph.get("error", "not supported")
+            if graph.get("supported"):
+                result = f"{number(graph.get('ms'))} ms"
+            lines.append(f"CUDA graph, {readable(name)}: {result}.")
+    machine, versions = (cost.environment.get(key, {}) for key in ("machine", "versions"))
+    device = machine.get("gpu") or machine.get("cpu")
+    about = [device] if device else []
+    about += [f"{name} {versions[name]}" for name in ("torch", "cg_optim") if name in versions]
+    if cost.environment.get("commit"):
+        about.append(f"commit {cost.environment['commit']}")
+    return [*lines, "; ".join(about) + "."] if about else lines
 
 
 def readable(name: str) -> str:
@@ -118,7 +186,7 @@ def lines(cost: StepCost, model: str) -> dict[str, list[tuple[float, float]]]:
         rank = row.get("rank")
         if row.get("model") != model or not isinstance(rank, (int, float)):
             continue
-        for name, value in by_optimizer(row, "ms").items():
+        for name, value in numbers(row, "ms").items():
             if value > 0:
                 found.setdefault(name, []).append((float(rank), value))
     return {name: sorted(points) for name, points in found.items()}
@@ -134,7 +202,7 @@ def draw_step_cost(cost: StepCost, out: Path) -> Path | None:
         return None
     figure = new_figure(2.4 + 3.1 * len(panels), 4.0)
     all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    looks = step_styles(cost.optimizers)
+    looks = step_styles(list(dict.fromkeys(name for found in panels.values() for name in found)))
     handles: dict[str, Any] = {}
     for axes, (model, found) in zip(all_axes, panels.items(), strict=True):
         for name, points in found.items():
