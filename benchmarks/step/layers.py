@@ -83,6 +83,9 @@ class Adapter(nn.Module):
         )
 
 
+DISTINCT_ROWS = 512
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What enters and leaves a decoder layer: its distinct inputs, the gradient of each output."""
@@ -96,16 +99,20 @@ def make_traffic(
 ) -> Traffic:
     """Gaussian activations whose features differ in scale by a factor of 10, and gradients.
 
-    The numbers are drawn on the CPU: the same on every device.
+    The numbers are drawn on the CPU, the same on every device, and repeated where there are more
+    rows than :data:`DISTINCT_ROWS`.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(size: int) -> Tensor:
-        return torch.randn(tokens, size, generator=generator)
+    def draw(size: int, scale: Tensor | float) -> Tensor:
+        rows = torch.randn(min(tokens, DISTINCT_ROWS), size, generator=generator) * scale
+        rows = rows.to(device, dtype)
+        return rows.repeat(-(-tokens // len(rows)), 1)[:tokens].contiguous()
 
-    inputs = [draw(n) * torch.logspace(-1, 0, n) for n in model.inputs()]
-    gradients = [draw(linear.out_features) / tokens for linear in model.linears()]
-    return Traffic([x.to(device, dtype) for x in inputs], [g.to(device, dtype) for g in gradients])
+    return Traffic(
+        [draw(n, torch.logspace(-1, 0, n)) for n in model.inputs()],
+        [draw(linear.out_features, 1 / tokens) for linear in model.linears()],
+    )
 
 
 class AdapterStack(nn.Module):

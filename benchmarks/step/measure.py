@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import statistics
 from functools import partial
@@ -69,13 +70,15 @@ def measure_model(
     """
     model = MODELS[name]
     traffic = make_traffic(model, tokens, device, dtype)
+    first = AdapterStack(model, rank, layers).to(device)
     contenders = {}
     for contender in NAMES:
-        stack = AdapterStack(model, rank, layers).to(device)
+        stack = copy.deepcopy(first)
         optimizer = make_optimizer(contender, stack)
         if isinstance(optimizer, CGLoRAOptimizer):
             resume_after_warm_up(optimizer)
         contenders[contender] = Contender(optimizer, partial(stack.forward_backward, traffic))
+    del first
     row: dict[str, Any] = {
         "model": name,
         "rank": rank,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step import stopwatch
+from benchmarks.step import layers, measure, stopwatch
 from benchmarks.step.checks import step_error
 from benchmarks.step.layers import MODELS, AdapterStack, make_traffic
 from benchmarks.step.measure import make_optimizer, measure_model
 from benchmarks.step.state import curvature_buffer_bytes, curvature_state_bytes, state_bytes
+from benchmarks.works import step
 from benchmarks.works.step import run_step
 from cg_optim import CGLoRAOptimizer
 from cg_optim.curvature_store import INTERVAL, WARM_UP_STEPS
@@ -90,8 +91,16 @@ def test_summary_of_hand_made_turns() -> None:
     assert summary["ms_hooks"]["collecting"] == 8.0
     assert summary["ms_hooks"]["other"] == 1.0
     assert summary["ms_hooks"]["average"] == (8.0 + (INTERVAL - 1) * 1.0) / INTERVAL
-    step = (9.0 + (INTERVAL - 1) * 5.0) / INTERVAL
-    assert summary["ms"] == {"adamw_foreach": 3.0, "adamw_fused": 1.0, "cg": step}
+    average = (9.0 + (INTERVAL - 1) * 5.0) / INTERVAL
+    assert summary["ms"] == {"adamw_foreach": 3.0, "adamw_fused": 1.0, "cg": average}
+
+
+def test_more_rows_than_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "DISTINCT_ROWS", 3)
+    traffic = make_traffic(TOY, 7, "cpu", torch.float32)
+    assert [x.shape for x in traffic.inputs] == [(7, n) for n in TOY.inputs()]
+    assert [g.shape[1] for g in traffic.output_gradients] == [s.out_features for s in TOY.linears()]
+    assert torch.equal(traffic.inputs[0][:3], traffic.inputs[0][3:6])
 
 
 def test_measuring_under_autocast() -> None:
@@ -130,6 +139,39 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for share in shares.values():
         extra = share["ms_hooks"] + share["ms_step"]
         assert share["share"] == pytest.approx(extra / (extra + share["ms_forward_backward"]))
-    assert record["step_error_against_float64"][0]["error"] < 1e-3
+    assert record["step_errors"][0]["error"] < 1e-3
+    assert not record["failures"]
     assert record["environment"]["versions"]["torch"]
     assert "x AdamW's" in capsys.readouterr().out
+
+
+def test_a_second_run_keeps_what_is_there_and_tries_again_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory\ndetails")
+
+    # Others may commit while this runs.
+    monkeypatch.setattr(step, "environment", lambda *_: {"commit": "one"})
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "measure_model", no_memory)
+        first = json.loads(run_step("tiny", "cpu", tmp_path).read_text())
+    failure = {"part": "rows", "model": "toy", "rank": 4, "error": "out of memory"}
+    assert (first["rows"], first["failures"]) == ([], [failure])
+    second = json.loads(run_step("tiny", "cpu", tmp_path).read_text())
+    assert second["training_step"] == first["training_step"]
+    assert (len(second["rows"]), second["failures"]) == (1, [])
+    monkeypatch.setattr(step, "environment", lambda *_: {"commit": "two"})
+    third = json.loads(run_step("tiny", "cpu", tmp_path).read_text())
+    assert third["training_step"] != second["training_step"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tiny_run_on_a_gpu(tmp_path: Path) -> None:
+    record = json.loads(run_step("tiny", "cuda", tmp_path).read_text())
+    assert not record["failures"]
+    assert record["step_errors"][0]["error"] < 1e-3
+    assert record["rows"][0]["peak_bytes"]["cg"] > 0
+    assert record["cuda_graph"]["adamw_fused"]["supported"]
+    for kind in record["cuda_graph"].values():
+        assert kind["supported"] or kind["error"]
