@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from functools import partial
 from typing import Any
@@ -68,7 +69,9 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).norm() / reference.norm())
 
 
-def graph_support(name: str, rank: int, layers: int, tokens: int) -> dict[str, dict[str, Any]]:
+def graph_support(
+    name: str, rank: int, layers: int, tokens: int, device: str = "cuda"
+) -> dict[str, dict[str, Any]]:
     """Try to capture each optimizer's step in a CUDA graph and to replay it.
 
     AdamW is built with ``capturable=True``, which it wants for this.
@@ -76,23 +79,21 @@ def graph_support(name: str, rank: int, layers: int, tokens: int) -> dict[str, d
     Returns:
         For each kind of step ``supported``, and ``ms`` of a replay or the ``error``.
     """
-    if not torch.cuda.is_available():
-        return {}
-    traffic = make_traffic(MODELS[name], tokens, "cuda", torch.float32)
+    model = MODELS[name]
+    traffic = make_traffic(model, tokens, device, torch.float32)
     kinds = {"adamw_foreach": True, "adamw_fused": True, "cg_collecting": True, "cg_other": False}
+    first = AdapterStack(model, rank, layers).to(device)
     return {
-        kind: _try_graph(
-            *(_prepared(name, rank, layers, kind, traffic, collecting) for _ in range(2))
-        )
+        kind: _try_graph(*(_prepared(first, kind, collecting, traffic) for _ in range(2)))
         for kind, collecting in kinds.items()
     }
 
 
 def _prepared(
-    name: str, rank: int, layers: int, kind: str, traffic: Traffic, collecting: bool
+    first: AdapterStack, kind: str, collecting: bool, traffic: Traffic
 ) -> tuple[AdapterStack, torch.optim.Optimizer]:
-    """A stack before a step, its optimizer warmed up; equal at every call."""
-    stack = AdapterStack(MODELS[name], rank, layers).to("cuda")
+    """A copy of ``first`` before a step, its optimizer warmed up; equal at every call."""
+    stack = copy.deepcopy(first)
     optimizer = make_optimizer("cg" if kind.startswith("cg") else kind, stack)
     if isinstance(optimizer, CGLoRAOptimizer):
         resume_after_warm_up(optimizer)
@@ -131,5 +132,5 @@ def _try_graph(
     )
     if difference > GRAPH_TOLERANCE:
         return {"supported": False, "error": f"the replayed step differs by {difference:.1e}"}
-    times = [milliseconds(graph.replay, "cuda") for _ in range(10)]
+    times = [milliseconds(graph.replay, str(before[0].device)) for _ in range(10)]
     return {"supported": True, "ms": statistics.median(times)}

@@ -123,7 +123,7 @@ def run_step(preset: str, device: str, out: Path) -> Path:
     if device != "cpu" and not record["cuda_graph"]:
         # Last, with the rest on disk: a capture that fails can leave the device unusable.
         record["cuda_graph"] = checks.graph_support(
-            settings.models[0], settings.ranks[0], settings.layers, settings.tokens
+            settings.models[0], settings.ranks[0], settings.layers, settings.tokens, device
         )
         write_json(path, record)
     return path

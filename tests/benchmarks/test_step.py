@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step import layers, measure, stopwatch
+from benchmarks.step import checks, layers, measure, stopwatch
 from benchmarks.step.checks import step_error
 from benchmarks.step.layers import MODELS, AdapterStack, make_traffic
 from benchmarks.step.measure import make_optimizer, measure_model
@@ -125,6 +125,52 @@ def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AdapterStack, "forward_backward", in_half_precision)
     assert step_error("toy", RANK, 64, "cpu") > 1e-3
+
+
+class FakeGraph:
+    """A CUDA graph on the CPU: capturing runs the step, and so the first replay is done."""
+
+    def replay(self) -> None:
+        pass
+
+
+class FakeCapture:
+    """What stands for ``torch.cuda.graph``; ``kind`` says how the capture goes."""
+
+    kind = "runs"
+
+    def __init__(self, graph: FakeGraph) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        if self.kind == "fails":
+            raise RuntimeError("operation not permitted\nwhile capturing")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["runs", "fails", "leaves something out"])
+def test_how_an_attempt_at_a_graph_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCapture, "kind", kind)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # AdamW refuses capturable=True on a CPU, so only ours can be tried there.
+    stack = AdapterStack(TOY, RANK, 1)
+    traffic = make_traffic(TOY, 16, "cpu", torch.float32)
+    captured, eager = (checks._prepared(stack, "cg_other", False, traffic) for _ in range(2))
+    if kind == "leaves something out":
+        captured[1].param_groups[0]["lr"] *= 0.9
+    found = checks._try_graph(captured, eager)
+    if kind == "runs":
+        assert found["supported"]
+        assert found["ms"] >= 0
+    else:
+        wanted = "operation not permitted" if kind == "fails" else "the replayed step differs by"
+        assert not found["supported"]
+        assert found["error"].startswith(wanted)
+        assert "\n" not in found["error"]
 
 
 def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
