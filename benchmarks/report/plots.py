@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..sweep import BASELINE, rate
 from .measures import Measures
-from .styles import new_figure, save, style
+from .styles import OURS, new_figure, save, style
 from .topics import Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = "plots"
-ZOOM = 0.35
-"""Share of the way from the best loss to the initial one that is shown on a linear axis."""
+ROOM = 0.25
+"""Share of the way from the best loss to the initial one that a linear axis shows above it."""
+ABOVE = 0.15
+"""How far beyond the upper end of the axis the lines to diverged runs go, in axis lengths."""
 MANY = 5.0
 """Ratio of the longest to the shortest training time from which seconds are on a log axis."""
 
@@ -80,12 +82,26 @@ def curve(one: Measures, milliseconds: float | None = None) -> Curve | None:
     )
 
 
-def window(best: float, start: float, log_scale: bool) -> tuple[float, float]:
-    """Limits of the loss axis: what lies far above the best losses is cut off."""
+def window(ends: Mapping[str, float], start: float, log_scale: bool) -> tuple[float, float]:
+    """Limits of the loss axis: differences at the end must be seen, bad methods may be cut off.
+
+    Args:
+        ends: lowest loss of each method.
+        start: loss before training.
+        log_scale: whether the axis is logarithmic; nothing is cut off then.
+
+    Returns:
+        Limits that hold the end of ours, of AdamW and of the better half of the methods.
+    """
+    best = min(ends.values())
     if log_scale and best > 0:
-        return best / 1.3, start * 1.3
-    span = max(start - best, 1e-3 * abs(best), 1e-12)
-    return best - 0.03 * span, best + ZOOM * span
+        return best / 1.3, max(start, best) * 1.3
+    shown = [statistics.median_low(ends.values())]
+    shown += [ends[name] for name in (BASELINE, OURS) if name in ends]
+    level = max(shown)
+    room = max(1.5 * (level - best), ROOM * (start - best), 1e-3 * abs(best), 1e-12)
+    high = min(level + room, max(start + 0.03 * (start - best), level + 0.1 * room))
+    return best - 0.04 * (high - best), high
 
 
 def draw_steps(topic: Topic, measured: Sequence[Measures], path: Path) -> bool:
@@ -137,9 +153,9 @@ def _draw_curves(
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=label == "step"))
         axes.set_xlim(0, max(times))
-    best = min(min(found.low) for found in curves.values())
-    start = max(found.middle[0] for found in curves.values())
-    _finish(axes, topic, label, window(best, start, topic.log_scale))
+    ends = {name: min(found.middle) for name, found in curves.items()}
+    start = statistics.median(found.middle[0] for found in curves.values())
+    _finish(axes, topic, label, window(ends, start, topic.log_scale))
     axes.set_ylabel("held-out loss (median, lowest and highest seed)")
     save(figure, path)
     return True
@@ -152,10 +168,13 @@ def draw_rates(topic: Topic, measured: Sequence[Measures], path: Path) -> bool:
         for one in measured
         if one.state != "failed" and (found := rate_line(topic, one))
     }
-    finite = [y for line in lines.values() for y in line.values() if math.isfinite(y)]
-    if not finite:
+    ends = {name: end for name, line in lines.items() if math.isfinite(end := _lowest(line))}
+    if not ends:
         return False
-    low, high = window(min(finite), max(_initial(topic), min(finite)), topic.log_scale)
+    low, high = window(ends, _initial(topic), topic.log_scale)
+    outside = high + ABOVE * (high - low)
+    if topic.log_scale and low > 0:
+        outside = high * (high / low) ** ABOVE
     figure = new_figure(8.6, 4.6)
     axes = figure.subplots()
     crossed: dict[float, int] = {}
@@ -166,7 +185,7 @@ def draw_rates(topic: Topic, measured: Sequence[Measures], path: Path) -> bool:
         look = style(one.method)
         rates = sorted(line)
         # Lines to diverged runs leave the picture upwards.
-        heights = [line[x] if math.isfinite(line[x]) else 3 * high for x in rates]
+        heights = [line[x] if math.isfinite(line[x]) else outside for x in rates]
         size = 7 if look["zorder"] > 5 else 4.5
         axes.plot(rates, heights, label=one.title, markersize=size, **look)
         for x in (x for x in rates if not math.isfinite(line[x])):
@@ -204,7 +223,7 @@ def _initial(topic: Topic) -> float:
     cells = [cell for entry in topic.study.entries for cell in topic.ledger.of(entry.method)]
     found = [cell.curve["choose"][0] for cell in cells if cell.curve.get("choose")]
     finite = [loss for loss in found if math.isfinite(loss)]
-    return statistics.median(finite) if finite else -math.inf
+    return statistics.median(finite) if finite else 0.0
 
 
 def _finish(axes: Axes, topic: Topic, label: str, limits: tuple[float, float]) -> None:
@@ -214,5 +233,9 @@ def _finish(axes: Axes, topic: Topic, label: str, limits: tuple[float, float]) -
     axes.set_xlabel(label)
     axes.set_title(topic.label, fontsize=11)
     axes.grid(alpha=0.25)
-    options: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    options: dict[str, Any] = {
+        "loc": "center left",
+        "bbox_to_anchor": (1.0, 0.5),
+        "handlelength": 3,
+    }
     axes.legend(fontsize=9, frameon=False, **options)

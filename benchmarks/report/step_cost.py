@@ -227,6 +227,7 @@ def draw_step_cost(cost: StepCost, out: Path) -> Path | None:
         loc="outside right center",
         fontsize=9,
         frameon=False,
+        handlelength=3,
     )
     path = Path(FOLDER) / f"step-{cost.label}.png"
     save(figure, out / path)

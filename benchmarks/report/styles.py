@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 OURS = "cg"
 DPI = 100
-COLOURS_KEPT = 128
+COLOURS = 192
 
 _SOLID, _DASHED, _DOTTED = "-", (0, (5, 2)), (0, (1, 1.2))
 _STYLES: dict[str, tuple[str, Any, str]] = {
@@ -53,18 +53,23 @@ def style(method: str) -> dict[str, Any]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG with a small palette: a third of the size, nothing lost to the eye."""
+    """Write a PNG with a palette, a third of the size; lines keep their colours exactly."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    named = sorted({to_rgb(line.get_color()) for line in lines} | {(1.0, 1.0, 1.0)})
+    colours = [round(255 * part) for colour in named[:COLOURS] for part in colour]
+    colours += (image.quantize(COLOURS).getpalette() or [])[: 3 * COLOURS - len(colours)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colours)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.copy()).quantize(COLOURS_KEPT, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def new_figure(width: float, height: float) -> Figure:

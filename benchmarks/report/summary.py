@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..sweep import BASELINE
 from .measures import Measures
 from .styles import OURS
-from .table import MISSING, grid, plus_minus, reach, verdict
+from .table import MISSING, final_loss, grid, reach, verdict
 from .topics import Topic
 
 HEADER = (
@@ -47,7 +47,7 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
     steps = [MISSING if one is None else reach(one.steps) for one in (adamw, ours, peer, full)]
     return [
         topic.label,
-        plus_minus(adamw.loss),
+        loss(adamw),
         loss(ours),
         verdict(ours.difference),
         MISSING if peer is None else f"{loss(peer)} ({peer.title})",
@@ -59,7 +59,7 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
 
 def loss(one: Measures) -> str:
     """Loss with its spread, and whether all of it is finished."""
-    return plus_minus(one.loss) + (f" ({one.state})" if one.state else "")
+    return final_loss(one) + (f" ({one.state})" if one.state else "")
 
 
 def best(measured: Sequence[Measures]) -> Measures | None:

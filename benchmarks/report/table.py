@@ -28,9 +28,14 @@ def tables(topic: Topic, measured: Sequence[Measures]) -> str:
 
 
 def markdown(columns: Sequence[Column], measured: Sequence[Measures]) -> str:
-    """A table with one row per method; columns without any value are left out."""
+    """A table with one row per method; columns without any value are left out.
+
+    Empty if the first column, the method, is the only one left.
+    """
     cells = [(name, [show(one) for one in measured]) for name, show in columns]
     kept = [(name, rows) for name, rows in cells if any(text != MISSING for text in rows)]
+    if len(kept) < 2:
+        return ""
     return grid([name for name, _ in kept], zip(*(rows for _, rows in kept), strict=True))
 
 
@@ -52,7 +57,7 @@ def outcome_columns(measured: Sequence[Measures], steps: int) -> list[Column]:
         ("method", named),
         ("lr", lambda one: number(one.setting and one.setting.lr)),
         ("knob", lambda one: number(one.setting and one.setting.knob)),
-        ("loss ± 2 SE", lambda one: plus_minus(one.loss)),
+        ("loss ± 2 SE", final_loss),
         ("minus AdamW", lambda one: difference(one.difference)),
         ("verdict", lambda one: verdict(one.difference)),
         (f"steps to AdamW's loss (of {steps})", lambda one: reach(one.steps)),
@@ -130,7 +135,7 @@ def made_with(topic: Topic, measured: Sequence[Measures]) -> str:
         f"Tuned on seed {listed(topic.study.tuning_seeds)}, reported on {listed(seeds)}",
         "; ".join(sorted(machines - {""})),
         "; ".join(sorted(packages - {""})),
-        "commit " + listed(sorted(commits - {""})) if commits - {""} else "",
+        f"commit {listed(sorted(commits - {''}))}" if commits - {""} else "",
         f"recipe {topic.study.recipe}",
     ]
     return "; ".join(line for line in lines if line) + "."
@@ -173,6 +178,12 @@ def plus_minus(value: tuple[float, float] | None) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
+def final_loss(one: Measures) -> str:
+    """Mean and spread of the reported losses, or how many runs have none."""
+    bad = sum(not math.isfinite(loss) for loss in one.losses.values())
+    return f"{bad} of {len(one.runs)} diverged or failed" if bad else plus_minus(one.loss)
+
+
 def difference(paired: Paired | None) -> str:
     """A paired difference with its sign."""
     if paired is None:
@@ -206,7 +217,7 @@ def ratio(value: float | None) -> str:
     """A ratio of losses."""
     if value is None:
         return MISSING
-    return f"{value:.3g}" if math.isfinite(value) else "diverged"
+    return f"{value:.3f}" if math.isfinite(value) else "diverged"
 
 
 def size(value: float | None) -> str:
