@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
 OURS = "cg"
 DPI = 100
 COLOURS = 192
+NEAR = 8
+"""Colours of the palette, and how far (of 255) they stay from the lines' own."""
 
 _SOLID, _DASHED, _DOTTED = "-", (0, (5, 2)), (0, (1, 1.2))
 _STYLES: dict[str, tuple[str, Any, str]] = {
@@ -63,13 +67,19 @@ def save(figure: Figure, path: Path) -> None:
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     lines = [line for axes in figure.axes for line in axes.get_lines()]
-    named = sorted({to_rgb(line.get_color()) for line in lines} | {(1.0, 1.0, 1.0)})
-    colours = [round(255 * part) for colour in named[:COLOURS] for part in colour]
-    colours += (image.quantize(COLOURS).getpalette() or [])[: 3 * COLOURS - len(colours)]
+    named = {to_rgb(line.get_color()) for line in lines} | {(1.0, 1.0, 1.0)}
+    exact = [tuple(round(255 * part) for part in colour) for colour in sorted(named)]
+    adapted = np.array(image.quantize(COLOURS).getpalette()).reshape(-1, 3)
+    # Pillow looks colours up in coarse boxes: a neighbour of an exact one would take its place.
+    apart = [row for row in adapted.tolist() if min(map(partial(_distance, row), exact)) > NEAR]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(colours)
+    palette.putpalette([part for colour in (*exact, *apart)[:COLOURS] for part in colour])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def _distance(one: Sequence[int], other: Sequence[int]) -> int:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def new_figure(width: float, height: float) -> Figure:

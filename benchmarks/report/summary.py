@@ -11,10 +11,7 @@ from .styles import OURS
 from .table import MISSING, final_loss, grid, reach, verdict
 from .topics import Topic
 
-HEADER = (
-    "task", "AdamW", "CGLoRAOptimizer", "against AdamW", "best peer", "full fine-tuning",
-    "steps to AdamW's loss: AdamW", "ours", "best peer", "full",
-)  # fmt: skip
+HEADER = ("task", "AdamW", "CGLoRAOptimizer", "best peer", "full fine-tuning", "ours and AdamW")
 
 
 def summary(found: Sequence[tuple[Topic, Sequence[Measures]]]) -> str:
@@ -23,9 +20,10 @@ def summary(found: Sequence[tuple[Topic, Sequence[Measures]]]) -> str:
     if not rows:
         return ""
     note = (
-        "Final held-out loss ± two standard errors over seeds, every learning rate tuned. "
-        "*Best peer* is the other optimizer or initialisation with the lowest loss, the more "
-        "favourable choice for it. `>`: not reached. All methods, costs and plots: "
+        "Final held-out loss ± two standard errors over seeds, and the steps to AdamW's final "
+        "loss (`>`: not reached); every learning rate is tuned. The best peer is the optimizer or "
+        "initialisation with the lowest of these losses. *Lower* and *higher* are beyond two "
+        "standard errors of the difference paired over seeds. All methods, costs and plots: "
         "[benchmarks](benchmarks/README.md)."
     )
     return f"{grid(HEADER, rows)}\n\n{note}"
@@ -44,22 +42,20 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
     ]
     peer = best(peers)
     full = best([one for one in measured if one.method in topic.full])
-    steps = [MISSING if one is None else reach(one.steps) for one in (adamw, ours, peer, full)]
     return [
         topic.label,
-        loss(adamw),
-        loss(ours),
+        f"{outcome(adamw)} of {topic.study.steps}",
+        outcome(ours),
+        MISSING if peer is None else f"{peer.title}: {outcome(peer)}",
+        MISSING if full is None else outcome(full),
         verdict(ours.difference),
-        MISSING if peer is None else f"{loss(peer)} ({peer.title})",
-        MISSING if full is None else loss(full),
-        f"{steps[0]} of {topic.study.steps}",
-        *steps[1:],
     ]
 
 
-def loss(one: Measures) -> str:
-    """Loss with its spread, and whether all of it is finished."""
-    return final_loss(one) + (f" ({one.state})" if one.state else "")
+def outcome(one: Measures) -> str:
+    """Loss with its spread, steps, and whether all of it is finished."""
+    state = f" ({one.state})" if one.state else ""
+    return f"{final_loss(one)}{state}; {reach(one.steps)} steps"
 
 
 def best(measured: Sequence[Measures]) -> Measures | None:

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.cells import Cell, Result, save
-from benchmarks.metrics import Width
-from benchmarks.report import BEGIN, END, refresh_block
+from benchmarks.cells import Cell, Result, save, write_json
+from benchmarks.methods import METHODS
+from benchmarks.metrics import Paired, Width
+from benchmarks.report import BEGIN, END, plots, refresh_block, styles
 from benchmarks.report.measures import NOWHERE, Measures, Reach, gap, measure
+from benchmarks.report.step_cost import lines, step_costs, step_text
+from benchmarks.report.summary import summary_row
 from benchmarks.report.table import MISSING, markdown, number, plus_minus, size, tables, width
 from benchmarks.report.topics import Topic, make_topic, topics
 from benchmarks.sweep import Entry, Ledger, Study, plan
@@ -247,6 +251,132 @@ def test_nothing_to_report_is_one_clear_line(
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path}: no finished runs to report\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_are_over_the_common_steps_of_good_runs() -> None:
+    cells = {seed: Cell("w", "p", "t", "m", 1.0, None, seed, 10, "r") for seed in (1, 3)}
+    runs = {seed: record(cell, float(seed)) for seed, cell in cells.items()}
+    runs[3].curve = {"step": [0.0, 10.0], "report": [9.0, 3.0]}
+    bad = replace(runs[1], status="diverged", curve={"step": [0.0], "report": [1e9]})
+    found = plots.curve(Measures("m", "M", runs={**runs, 2: bad}), milliseconds=2.0)
+    assert found == plots.Curve([0.0, 0.02], [9.0, 2.0], [9.0, 1.0], [9.0, 3.0])
+    assert plots.curve(Measures("m", "M", runs={2: bad})) is None
+
+
+def test_the_loss_axis_holds_the_ends_that_matter_and_cuts_off_the_rest() -> None:
+    ends = {"adamw": 2.0, "cg": 1.9, "full-adamw": 1.5, "bad": 5.0}
+    low, high = plots.window(ends, 10.0, log_scale=False)
+    assert low < 1.5 < 2.0 < high < 5.0
+    low, high = plots.window(ends, 10.0, log_scale=True)
+    assert low < 1.5 < 10.0 < high
+    # Nothing was learned: still an axis.
+    low, high = plots.window({"adamw": 3.0}, 3.0, log_scale=False)
+    assert low < 3.0 < high
+
+
+def test_no_two_methods_look_alike_and_ours_is_the_widest_line() -> None:
+    looks = {name: styles.style(name) for name in METHODS}
+    assert len({(one["color"], str(one["linestyle"])) for one in looks.values()}) == len(METHODS)
+    widths = {name: look["linewidth"] for name, look in looks.items()}
+    assert widths.pop("cg") > max(widths.values())
+    assert styles.style("cg[damping=1]") == styles.style("cg[damping=1]") != looks["cg"]
+
+
+ROWS = [
+    {"model": "7b", "rank": 16, "layers_timed": 1, "layers": 32, "ms": {"adamw": 2.0, "cg": 5.0}},
+    {"model": "7b", "rank": 8, "ms": {"cg": 4.0, "adamw": None}, "state_bytes": {"cg": 1024}},
+    {"model": "13b", "rank": 8, "ms": 3.0},
+]
+
+
+def test_step_costs_with_missing_keys(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step/a.json").write_text(json.dumps({"rows": ROWS}))
+    (tmp_path / "step/b.json").write_text("[]")
+    (cost,) = step_costs(tmp_path)
+    found = rows(step_text(cost))
+    assert found[:5] == [
+        ["model", "rank", "layers timed", "ms adamw", "ms cg"],
+        ["---"] * 5,
+        ["7b", "16", "1 of 32", "2", "5"],
+        ["7b", "8", MISSING, MISSING, "4"],
+        ["13b", "8", MISSING, MISSING, MISSING],
+    ]
+    assert ["7b", "8", MISSING, "1 KiB"] in found
+    assert lines(cost, "7b") == {"adamw": [(16, 2.0)], "cg": [(8, 4.0), (16, 5.0)]}
+    assert lines(cost, "13b") == {}
+
+
+def test_checks_and_graphs_of_the_step_work_are_told(tmp_path: Path) -> None:
+    content = {
+        "rows": ROWS,
+        "training_step": [{"model": "toy", "name": "cg", "ms_step": 2.0, "share": 0.25}],
+        "step_error_against_float64": [{"error": 1e-6}, {"error": 2e-5}, {}],
+        "cuda_graph": {"a": {"supported": True, "ms": 1.5}, "b": {"error": "not captured"}},
+    }
+    write_json(tmp_path / "step/a.json", content)
+    text = step_text(step_costs(tmp_path)[0])
+    assert "| toy |" in text
+    assert "| 25% |" in text
+    assert "against float64: 2.0e-05." in text
+    assert "CUDA graph, a: 1.5 ms." in text
+    assert "CUDA graph, b: not captured." in text
+
+
+def test_summary_names_the_best_peer_and_leaves_out_variants_of_ours() -> None:
+    def one(name: str, mean: float, **more: object) -> Measures:
+        cells = {s: Cell("w", "p", "t", name, 1.0, None, s, 10, "r") for s in (1, 2)}
+        runs = {seed: record(cell, mean + 0.2 * seed - 0.3) for seed, cell in cells.items()}
+        return Measures(name, name.upper(), runs=runs, steps=Reach(5.0), **more)  # type: ignore[arg-type]
+
+    found = [
+        one("adamw", 3.0),
+        one("cg", 2.0, difference=Paired(-1.0, 0.1, 2)),
+        one("cg[x=1]", 1.5),
+        one("soap", 2.5),
+        one("kron", 2.2, state="unfinished"),
+        one("full-adamw", 1.0),
+    ]
+    empty = replace(topic(study(), []), full=frozenset({"full-adamw"}))
+    # Losses 0.1 on either side of the mean: two standard errors are 0.2.
+    assert summary_row(empty, found) == [
+        "t", "3.00 ± 0.20; 5 steps of 10", "2.00 ± 0.20; 5 steps", "SOAP: 2.50 ± 0.20; 5 steps",
+        "1.00 ± 0.20; 5 steps", "lower",
+    ]  # fmt: skip
+    assert summary_row(empty, found[:1]) is None
+
+
+def test_the_whole_report_and_the_blocks_of_the_readmes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "benchmarks" / "results"
+    results = registered(finished(study("adamw", "cg", "full-adamw", **FULL)))
+    worst = max(results, key=lambda one: one.cell.lr)
+    worst.status = "diverged"
+    for result in results:
+        save(result, out)
+    write_json(out / "step" / "tiny-cpu.json", {"rows": ROWS})
+    cell = next(r.cell for r in results if r.cell.method == "cg" and r.cell.seed == 1)
+    timed = {"cg": {"cell": cell.name, "ms_forward_backward": 5.0, "ms_step": 3.0}}
+    write_json(out / "linear/tiny/c1e2/timing.json", {"methods": timed})
+    for readme in (tmp_path / "README.md", tmp_path / "benchmarks/README.md"):
+        readme.write_text(f"a\n{BEGIN}\n{END}\nb\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.write_report(out, refresh=True)
+    text = (out / "report.md").read_text()
+    images = [line.rpartition("(")[2][:-1] for line in text.splitlines() if line.startswith("![")]
+    assert [Path(image).name for image in images] == [
+        "linear-tiny-c1e2-steps.png", "linear-tiny-c1e2-seconds.png", "linear-tiny-c1e2-rates.png",
+        "step-tiny-cpu.png",
+    ]  # fmt: skip
+    for image in images:
+        png = (out / image).read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) < 60_000
+        assert f"(results/{image})" in (tmp_path / "benchmarks/README.md").read_text()
+    front = (tmp_path / "README.md").read_text()
+    assert "| linear / tiny / c1e2 | " in front
+    assert "steps of 10 |" in front
 
 
 def test_only_the_block_between_markers_changes(tmp_path: Path) -> None:
