@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from .stopwatch import (
 )
 
 LR = 1e-4
+TIMED_COLUMNS = 2048
 
 
 def adamw(parameters: list[nn.Parameter], kind: str) -> AdamW:
@@ -102,18 +102,18 @@ def measure_model(
     return row
 
 
-@functools.cache
 def frozen_layer_ms(model: Model, tokens: int, device: str, dtype: torch.dtype) -> float:
     """Estimate of what the frozen linear layers of one decoder layer take, forward and backward.
 
-    One square product is timed and the others taken to be as fast: the weights of a whole large
+    One product with part of a weight is timed and the others taken to be as fast: a whole large
     layer need not fit. Frozen weights have an input's gradient only; attention is left out.
     """
+    width = min(model.hidden, TIMED_COLUMNS)
     x = torch.randn(tokens, model.hidden, device=device, dtype=dtype)
-    weight = torch.randn(model.hidden, model.hidden, device=device, dtype=dtype)
-    times = [milliseconds(lambda: x @ weight, device) for _ in range(4)][1:]
+    weight = torch.randn(model.hidden, width, device=device, dtype=dtype)
+    times = [milliseconds(lambda: x @ weight, device) for _ in range(6)][1:]
     weights = sum(linear.in_features * linear.out_features for linear in model.linears())
-    return 2 * statistics.median(times) * weights / model.hidden**2
+    return 2 * statistics.median(times) * weights / weight.numel()
 
 
 def _peak_bytes(contender: Contender) -> int:

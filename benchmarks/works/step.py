@@ -45,7 +45,7 @@ LARGE = ("llama-7b", "llama-13b", "llama-70b")
 PRESETS = {
     "tiny": Preset(("toy",), (4,), (4,), layers=2, tokens=16, cycles=1),
     "quick": Preset(LARGE[:1], (8, 16), (8,), layers=1, tokens=512, cycles=3),
-    "full": Preset(LARGE, (8, 16, 64), (8,), layers=1, tokens=512, cycles=4),
+    "full": Preset(LARGE, (8, 16, 64), (8,), layers=1, tokens=512, cycles=3),
     "gpu": Preset(LARGE, (8, 16, 64, 256), (8, 256), layers=8, tokens=4096, cycles=6),
 }
 CHECKED_TOKENS = 256
