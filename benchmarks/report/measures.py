@@ -18,7 +18,7 @@ from ..metrics import (
     paired_difference,
     steps_to_target,
 )
-from ..sweep import BAND, BASELINE, Entry, Ledger, is_broken, rate, shortest
+from ..sweep import BAND, BASELINE, Entry, Ledger, is_broken, rate, short_steps, shortest
 from .topics import Topic
 
 CEILINGS = ("full-adamw", "full-muon")
@@ -174,7 +174,6 @@ def _measure(topic: Topic, entry: Entry, reported: Mapping[str, dict[int, Result
     seconds = None
     if steps is not None and timing is not None:
         seconds = Reach(1e-3 * steps.value * timing.whole, steps.censored)
-    budgets, _ = shortest(ledger, entry)
     cells = ledger.of(name)
     baseline = study.entry(BASELINE)
     return Measures(
@@ -186,7 +185,7 @@ def _measure(topic: Topic, entry: Entry, reported: Mapping[str, dict[int, Result
         difference=difference,
         steps=steps,
         seconds=seconds,
-        budget=min((share for share, good in budgets.items() if good), default=None),
+        budget=_budget(ledger, entry),
         gap=None if name == BASELINE else gap(losses, name),
         kl=_divergence(topic, name, mine),
         width_own=_width(ledger, entry, chosen, None),
@@ -231,6 +230,14 @@ def _steps(mine: Mapping[int, Result], theirs: Mapping[int, float], budget: int)
         return None
     median = median_censored(reached)
     return Reach(float(budget), censored=True) if median is None else Reach(median)
+
+
+def _budget(ledger: Ledger, entry: Entry) -> float | None:
+    passed, _ = shortest(ledger, entry)
+    steps = ledger.study.steps
+    # Of a few steps, nine tenths are all.
+    shorter = {share for share in passed if short_steps(ledger.study, share) < steps}
+    return min((share for share in shorter if passed[share]), default=None)
 
 
 def ceiling(losses: Mapping[str, Mapping[int, float]]) -> str | None:

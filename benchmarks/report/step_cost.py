@@ -206,8 +206,8 @@ def draw_step_cost(cost: StepCost, out: Path) -> Path | None:
     handles: dict[str, Any] = {}
     for axes, (model, found) in zip(all_axes, panels.items(), strict=True):
         for name, points in found.items():
-            ranks, values = zip(*points, strict=True)
-            (handles[name],) = axes.plot(ranks, values, markersize=5, **looks[name])
+            x, y = zip(*points, strict=True)
+            (handles[name],) = axes.plot(x, y, markersize=5, **looks[name])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ranks = sorted({rank for points in found.values() for rank, _ in points})

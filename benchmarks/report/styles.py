@@ -64,8 +64,9 @@ def save(figure: Figure, path: Path) -> None:
     from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    image = Image.fromarray(pixels[..., :3].copy())
     lines = [line for axes in figure.axes for line in axes.get_lines()]
     named = {to_rgb(line.get_color()) for line in lines} | {(1.0, 1.0, 1.0)}
     exact = [tuple(round(255 * part) for part in colour) for colour in sorted(named)]

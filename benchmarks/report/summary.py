@@ -44,7 +44,7 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
     full = best([one for one in measured if one.method in topic.full])
     return [
         topic.label,
-        f"{outcome(adamw)} of {topic.study.steps}",
+        f"{outcome(adamw)} (of {topic.study.steps})",
         outcome(ours),
         MISSING if peer is None else f"{peer.title}: {outcome(peer)}",
         MISSING if full is None else outcome(full),
@@ -55,7 +55,8 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
 def outcome(one: Measures) -> str:
     """Loss with its spread, steps, and whether all of it is finished."""
     state = f" ({one.state})" if one.state else ""
-    return f"{final_loss(one)}{state}; {reach(one.steps)} steps"
+    steps = "" if one.steps is None else f"; {reach(one.steps)} steps"
+    return f"{final_loss(one)}{state}{steps}"
 
 
 def best(measured: Sequence[Measures]) -> Measures | None:

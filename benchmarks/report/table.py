@@ -12,6 +12,8 @@ from .topics import Topic
 
 MISSING = "\N{EN DASH}"
 OURS = "cg"
+MANY = 4
+"""Commits up to which they are named."""
 Column = tuple[str, Callable[[Measures], str]]
 
 
@@ -55,8 +57,8 @@ def outcome_columns(measured: Sequence[Measures], steps: int) -> list[Column]:
 
     return [
         ("method", named),
-        ("lr", lambda one: number(one.setting and one.setting.lr)),
-        ("knob", lambda one: number(one.setting and one.setting.knob)),
+        ("lr", lambda one: number(getattr(one.setting, "lr", None))),
+        ("knob", lambda one: number(getattr(one.setting, "knob", None))),
         ("loss ± 2 SE", final_loss),
         ("minus AdamW", lambda one: difference(one.difference)),
         ("verdict", lambda one: verdict(one.difference)),
@@ -87,11 +89,11 @@ def cost_columns() -> list[Column]:
         ("method", named),
         (
             "ms forward + backward",
-            lambda one: number(one.timing and one.timing.forward_backward),
+            lambda one: number(getattr(one.timing, "forward_backward", None)),
         ),
-        ("ms hooks", lambda one: number(one.timing and one.timing.hooks)),
-        ("ms step", lambda one: number(one.timing and one.timing.step)),
-        ("ms in all", lambda one: number(one.timing and one.timing.whole)),
+        ("ms hooks", lambda one: number(getattr(one.timing, "hooks", None))),
+        ("ms step", lambda one: number(getattr(one.timing, "step", None))),
+        ("ms in all", lambda one: number(getattr(one.timing, "whole", None))),
         ("state", lambda one: size(one.state_bytes)),
         ("peak memory", lambda one: size(one.memory)),
     ]
@@ -135,10 +137,17 @@ def made_with(topic: Topic, measured: Sequence[Measures]) -> str:
         f"Tuned on seed {listed(topic.study.tuning_seeds)}, reported on {listed(seeds)}",
         "; ".join(sorted(machines - {""})),
         "; ".join(sorted(packages - {""})),
-        f"commit {listed(sorted(commits - {''}))}" if commits - {""} else "",
+        few(sorted(commits - {""})),
         f"recipe {topic.study.recipe}",
     ]
     return "; ".join(line for line in lines if line) + "."
+
+
+def few(commits: Sequence[str]) -> str:
+    """The commits, or how many they are."""
+    if len(commits) > MANY:
+        return f"{len(commits)} commits, in the records"
+    return f"commit {listed(commits)}" if commits else ""
 
 
 def listed(values: Sequence[object]) -> str:

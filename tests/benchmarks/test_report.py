@@ -340,7 +340,7 @@ def test_summary_names_the_best_peer_and_leaves_out_variants_of_ours() -> None:
     empty = replace(topic(study(), []), full=frozenset({"full-adamw"}))
     # Losses 0.1 on either side of the mean: two standard errors are 0.2.
     assert summary_row(empty, found) == [
-        "t", "3.00 ± 0.20; 5 steps of 10", "2.00 ± 0.20; 5 steps", "SOAP: 2.50 ± 0.20; 5 steps",
+        "t", "3.00 ± 0.20; 5 steps (of 10)", "2.00 ± 0.20; 5 steps", "SOAP: 2.50 ± 0.20; 5 steps",
         "1.00 ± 0.20; 5 steps", "lower",
     ]  # fmt: skip
     assert summary_row(empty, found[:1]) is None
@@ -376,7 +376,7 @@ def test_the_whole_report_and_the_blocks_of_the_readmes(
         assert f"(results/{image})" in (tmp_path / "benchmarks/README.md").read_text()
     front = (tmp_path / "README.md").read_text()
     assert "| linear / tiny / c1e2 | " in front
-    assert "steps of 10 |" in front
+    assert "steps (of 10) |" in front
 
 
 def test_only_the_block_between_markers_changes(tmp_path: Path) -> None:
