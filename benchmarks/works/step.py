@@ -49,6 +49,7 @@ PRESETS = {
     "gpu": Preset(LARGE, (8, 16, 64, 256), (8, 256), layers=8, tokens=4096, cycles=6),
 }
 CHECKED_TOKENS = 256
+ERRORS = "step_error_against_float64"
 
 
 def run_step(preset: str, device: str, out: Path) -> Path:
@@ -57,7 +58,7 @@ def run_step(preset: str, device: str, out: Path) -> Path:
     The file holds ``rows`` (one for each model and rank: ``model``, ``rank``, ``layers_timed``,
     ``layers``, ``state_bytes`` of all layers and ``ms`` of the optimizer step for each optimizer,
     and what :func:`benchmarks.step.measure.measure_model` adds), ``training_step``,
-    ``step_errors`` against float64, ``cuda_graph``, and ``failures``, e.g. for lack of memory.
+    ``step_error_against_float64``, ``cuda_graph``, and ``failures``, e.g. for lack of memory.
     It is written after every row, and what it holds from the same commit, machine and versions is
     not measured again.
     """
@@ -119,7 +120,7 @@ def run_step(preset: str, device: str, out: Path) -> Path:
         )
         add("training_step", {"batch": sizes["batch"], "rank": sizes["rank"]}, work)
     for model, rank in product(settings.models, settings.checked_ranks):
-        add("step_errors", {"model": model, "rank": rank}, partial(checked, model, rank))
+        add(ERRORS, {"model": model, "rank": rank}, partial(checked, model, rank))
     if device != "cpu" and not record["cuda_graph"]:
         # Last, with the rest on disk: a capture that fails can leave the device unusable.
         record["cuda_graph"] = checks.graph_support(
@@ -131,7 +132,7 @@ def run_step(preset: str, device: str, out: Path) -> Path:
 
 def _started(path: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The record so far if it is of the same commit, machine, versions and settings."""
-    found: dict[str, Any] = {"rows": [], "training_step": [], "step_errors": [], "cuda_graph": {}}
+    found: dict[str, Any] = {"rows": [], "training_step": [], ERRORS: [], "cuda_graph": {}}
     with contextlib.suppress(OSError, json.JSONDecodeError):
         known = json.loads(path.read_text(encoding="utf-8"))
         # As JSON: tuples come back as lists.
@@ -166,5 +167,5 @@ def _error_line(error: dict[str, Any]) -> str:
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rows": _row_line,
     "training_step": _share_line,
-    "step_errors": _error_line,
+    ERRORS: _error_line,
 }
