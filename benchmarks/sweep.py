@@ -368,7 +368,7 @@ def shortest(ledger: Ledger, entry: Entry) -> tuple[dict[float, bool], float | N
     steps = ledger.study.steps
     target = ledger.reported(baseline, reference.lr, reference.knob, steps)
     full = ledger.reported(entry, choice.lr, choice.knob, steps)
-    if target is None or full is None or not full <= target:
+    if target is None or full is None or not full <= target < math.inf:
         return {}, None
     passed = {}
     for fraction in SHORT_FRACTIONS:

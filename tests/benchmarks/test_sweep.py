@@ -171,6 +171,16 @@ def test_no_short_budgets_for_methods_that_lose():
     assert "short" not in stages
 
 
+def test_no_short_budgets_where_adamw_itself_diverged():
+    adamw, other = Entry("adamw", 1e-2), Entry("soap", 1e-2)
+    a_study = study(adamw, other, width=False, defaults=False)
+    results, stages = play(a_study, bowl(1e-2))
+    for result, stage in zip(results, stages, strict=True):
+        if stage == "report" and result.cell.method == "adamw":
+            result.status = "diverged"
+    assert sweep.shortest(Ledger(a_study, results), other) == ({}, None)
+
+
 def test_a_broken_method_is_given_up_and_the_others_go_on():
     adamw, broken = Entry("adamw", 1e-2), Entry("kron", 1e-2)
     a_study = study(adamw, broken)
