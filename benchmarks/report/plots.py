@@ -58,7 +58,9 @@ def draw(topic: Topic, measured: Sequence[Measures], out: Path) -> list[tuple[st
 
 
 def curve(one: Measures, milliseconds: float | None = None) -> Curve | None:
-    """Losses of a method at the steps that all its good runs have evaluated.
+    """Losses of a method at the steps that all its runs have evaluated.
+
+    Runs that ended above their initial loss are shown too; those that broke off are not.
 
     Args:
         one: the method.
@@ -67,7 +69,8 @@ def curve(one: Measures, milliseconds: float | None = None) -> Curve | None:
     curves = [
         dict(zip(run.curve["step"], run.curve["report"], strict=True))
         for run in one.runs.values()
-        if run.status == "ok"
+        if run.curve and run.curve["step"][-1] == run.cell.steps
+        if all(map(math.isfinite, run.curve["report"]))
     ]
     if not curves:
         return None
@@ -82,23 +85,32 @@ def curve(one: Measures, milliseconds: float | None = None) -> Curve | None:
     )
 
 
-def window(ends: Mapping[str, float], start: float, log_scale: bool) -> tuple[float, float]:
+def label_of(one: Measures) -> str:
+    """Title of a method, and how many of its reported runs diverged."""
+    bad = sum(run.status != "ok" for run in one.runs.values())
+    return f"{one.title} ({bad} of {len(one.runs)} diverged)" if bad else one.title
+
+
+def window(
+    best: float, ends: Mapping[str, float], start: float, log_scale: bool
+) -> tuple[float, float]:
     """Limits of the loss axis: differences at the end must be seen, bad methods may be cut off.
 
     Args:
-        ends: lowest loss of each method.
+        best: lowest loss of all.
+        ends: loss of each method that has to be told from the others'.
         start: loss before training.
-        log_scale: whether the axis is logarithmic; nothing is cut off then.
+        log_scale: whether the axis is logarithmic; little is cut off then.
 
     Returns:
-        Limits that hold the end of ours, of AdamW and of the better half of the methods.
+        Limits that hold the end of ours, of AdamW and of the better half of the methods, unless
+        they are far above the start.
     """
-    best = min(ends.values())
     if log_scale and best > 0:
         return best / 1.3, max(start, best) * 1.3
     shown = [statistics.median_low(ends.values())]
     shown += [ends[name] for name in (BASELINE, OURS) if name in ends]
-    level = max(shown)
+    level = min(max(shown), max(start, best) + max(start - best, 0.05 * abs(start)))
     room = max(1.5 * (level - best), ROOM * (start - best), 1e-3 * abs(best), 1e-12)
     high = min(level + room, max(start + 0.03 * (start - best), level + 0.1 * room))
     return best - 0.04 * (high - best), high
@@ -138,7 +150,7 @@ def _draw_curves(
         look = {**style(one.method), "marker": ""}
         first = 1 if logarithmic and found.x[0] == 0 else 0
         x = found.x[first:]
-        axes.plot(x, found.middle[first:], label=one.title, **look)
+        axes.plot(x, found.middle[first:], label=label_of(one), **look)
         axes.fill_between(
             x, found.low[first:], found.high[first:], color=look["color"], alpha=0.12, linewidth=0
         )
@@ -153,9 +165,10 @@ def _draw_curves(
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=label == "step"))
         axes.set_xlim(0, max(times))
-    ends = {name: min(found.middle) for name, found in curves.items()}
+    best = min(min(found.middle) for found in curves.values())
+    ends = {name: found.middle[-1] for name, found in curves.items()}
     start = statistics.median(found.middle[0] for found in curves.values())
-    _finish(axes, topic, label, window(ends, start, topic.log_scale))
+    _finish(axes, topic, label, window(best, ends, start, topic.log_scale))
     axes.set_ylabel("held-out loss (median, lowest and highest seed)")
     save(figure, path)
     return True
@@ -171,7 +184,7 @@ def draw_rates(topic: Topic, measured: Sequence[Measures], path: Path) -> bool:
     ends = {name: end for name, line in lines.items() if math.isfinite(end := _lowest(line))}
     if not ends:
         return False
-    low, high = window(ends, _initial(topic), topic.log_scale)
+    low, high = window(min(ends.values()), ends, _initial(topic), topic.log_scale)
     outside = high + ABOVE * (high - low)
     if topic.log_scale and low > 0:
         outside = high * (high / low) ** ABOVE

@@ -253,25 +253,31 @@ def test_nothing_to_report_is_one_clear_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_curves_are_over_the_common_steps_of_good_runs() -> None:
+def test_curves_are_over_the_common_steps_of_runs_that_did_not_break_off() -> None:
     cells = {seed: Cell("w", "p", "t", "m", 1.0, None, seed, 10, "r") for seed in (1, 3)}
     runs = {seed: record(cell, float(seed)) for seed, cell in cells.items()}
-    runs[3].curve = {"step": [0.0, 10.0], "report": [9.0, 3.0]}
-    bad = replace(runs[1], status="diverged", curve={"step": [0.0], "report": [1e9]})
-    found = plots.curve(Measures("m", "M", runs={**runs, 2: bad}), milliseconds=2.0)
-    assert found == plots.Curve([0.0, 0.02], [9.0, 2.0], [9.0, 1.0], [9.0, 3.0])
-    assert plots.curve(Measures("m", "M", runs={2: bad})) is None
+    runs[3].curve = {"step": [0.0, 10.0], "report": [2.0, 3.0]}
+    runs[3].status = "diverged"
+    broken = replace(runs[1], status="diverged", curve={"step": [0.0, 5.0], "report": [9.0, 1e9]})
+    one = Measures("m", "M", runs={**runs, 2: broken})
+    found = plots.curve(one, milliseconds=2.0)
+    assert found == plots.Curve([0.0, 0.02], [5.5, 2.0], [2.0, 1.0], [9.0, 3.0])
+    assert plots.label_of(one) == "M (2 of 3 diverged)"
+    assert plots.curve(Measures("m", "M", runs={2: broken})) is None
 
 
 def test_the_loss_axis_holds_the_ends_that_matter_and_cuts_off_the_rest() -> None:
     ends = {"adamw": 2.0, "cg": 1.9, "full-adamw": 1.5, "bad": 5.0}
-    low, high = plots.window(ends, 10.0, log_scale=False)
+    low, high = plots.window(1.5, ends, 10.0, log_scale=False)
     assert low < 1.5 < 2.0 < high < 5.0
-    low, high = plots.window(ends, 10.0, log_scale=True)
+    low, high = plots.window(1.5, ends, 10.0, log_scale=True)
     assert low < 1.5 < 10.0 < high
     # Nothing was learned: still an axis.
-    low, high = plots.window({"adamw": 3.0}, 3.0, log_scale=False)
+    low, high = plots.window(3.0, {"adamw": 3.0}, 3.0, log_scale=False)
     assert low < 3.0 < high
+    # All went up: the start and the ends are seen, not what is far away.
+    low, high = plots.window(3.0, {"adamw": 3.1, "cg": 99.0}, 3.0, log_scale=False)
+    assert low < 3.0 < 3.1 < high < 99.0
 
 
 def test_no_two_methods_look_alike_and_ours_is_the_widest_line() -> None:
