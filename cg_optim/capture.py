@@ -73,7 +73,7 @@ class Capture:
                 return False
             # Reading saved tensors is what triggers recomputation under checkpointing.
             (self._x,) = self._node.saved_tensors
-        has_gradient = (grad_out.detach() != 0).any(-1).reshape(-1)
+        has_gradient = grad_out.detach().any(-1).reshape(-1)
         self._mask = has_gradient if self._mask is None else self._mask | has_gradient
         self._waiting -= 1
         return self._waiting == 0

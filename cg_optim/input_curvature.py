@@ -56,9 +56,9 @@ class InputCurvature:
     def accumulate(self, rows: Tensor, mask: Tensor) -> None:
         """Add the rows ``(N, n)`` whose mask ``(N,)`` is True to this step's sums."""
         # where, not a product: a masked row may hold NaN.
-        x = torch.where(mask.unsqueeze(-1), rows, torch.zeros_like(rows)).to(self.dtype)
+        x = torch.where(mask.unsqueeze(-1), rows, 0.0).to(self.dtype)
         self._rows += mask.sum()
-        self._square_sum += x.square().sum()
+        self._square_sum += torch.linalg.vector_norm(x).square()
         self._accumulate(x)
 
     def update(self, decay: float) -> bool:

@@ -51,6 +51,14 @@ def mean_eigenvalue(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
+def all_finite(matrix: Tensor) -> Tensor:
+    """Whether all entries of each matrix of a ``(..., rows, columns)`` stack are finite.
+
+    Extremes propagate NaN, and two reductions are far cheaper than a mask of all entries.
+    """
+    return torch.isfinite(matrix.amax((-2, -1))) & torch.isfinite(matrix.amin((-2, -1)))
+
+
 def add_to_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
     """``M + value I`` for a ``(..., d, d)`` stack and a ``(...)`` tensor of values."""
     damped = matrix.clone()

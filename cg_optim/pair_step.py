@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cg_optim.damped import DampedInput, stack_damped
+from cg_optim.linalg import all_finite
 from cg_optim.rule import AdamSettings, Direction, Moments, hidden_whitening, whitened_adam
 
 
@@ -91,13 +92,13 @@ def _step_stack(items: list[PairWork]) -> Tensor:
     if b[0].grad is not None:
         before = _moments(b)
         down = torch.stack([f.value for f in a]).to(before.exp_avg.dtype)
-        whitening = hidden_whitening(down, damped, items[0].damping)
-        moves.append((b, before, whitened_adam(_grads(b), before, whitening, b[0].settings)))
+        hidden = hidden_whitening(down, damped, items[0].damping)
+        moves.append((b, before, whitened_adam(_grads(b), before, hidden, b[0].settings)))
     # A pair moves as a whole or not at all: a step of one factor assumes the other's.
     usable = torch.stack([direction.usable for _, _, direction in moves]).all(0)
     stepped = [_stepped(factors, direction) for factors, _, direction in moves]
     for value in stepped:
-        usable = usable & torch.isfinite(value).all(-1).all(-1)
+        usable = usable & all_finite(value)
     for (factors, before, direction), value in zip(moves, stepped, strict=True):
         _write_back(factors, before, direction, value, usable)
     return ~usable

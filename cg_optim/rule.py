@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from cg_optim.damped import DampedInput
-from cg_optim.linalg import damped_cholesky
-from cg_optim.whitening import CholeskyWhitening, Whitening
+from cg_optim.linalg import all_finite, damped_cholesky
+from cg_optim.whitening import MatrixWhitening, Whitening
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def whitened_adam(
     unit = (mean / first) / (exp_avg_sq.sqrt() / second + settings.eps)
     value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
 
-    usable = torch.isfinite(value).all(-1).all(-1) & torch.isfinite(exp_avg_sq).all(-1).all(-1)
+    usable = all_finite(value) & all_finite(exp_avg_sq)
     keep = usable[..., None, None]
     return Direction(
         torch.where(keep, value, torch.zeros_like(value)),
@@ -127,7 +127,7 @@ def _with_norm_of(reference: Tensor, matrix: Tensor) -> Tensor:
 
 def hidden_whitening(
     down: Tensor, damped_input: DampedInput | None, damping: float
-) -> CholeskyWhitening:
+) -> MatrixWhitening:
     """Whitening of B's input ``h = A x`` from ``P = A X A^T`` with the current ``A``.
 
     Args:
@@ -141,4 +141,8 @@ def hidden_whitening(
     # Normalised like X: an isotropic P gives the identity, so Adam's eps means the same
     # in every layer.
     mean = factor.square().sum((-2, -1), keepdim=True) / factor.shape[-1]
-    return CholeskyWhitening(factor * mean.rsqrt())
+    factor = factor * mean.rsqrt()
+    # B has many more rows than P: one inverse and products beat a triangular solve by far.
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return MatrixWhitening(inverse.mT)

@@ -64,3 +64,17 @@ class CholeskyWhitening(NamedTuple):
         """``M L^-1``."""
         solved: Tensor = torch.linalg.solve_triangular(self.factor, matrix, upper=False, left=False)
         return solved
+
+
+class MatrixWhitening(NamedTuple):
+    """``K`` itself, ``(..., d, d)``, for a small ``d`` and matrices with many rows."""
+
+    matrix: Tensor
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """``M K``."""
+        return matrix @ self.matrix
+
+    def apply_transposed(self, matrix: Tensor) -> Tensor:
+        """``M K^T``."""
+        return matrix @ self.matrix.mT
