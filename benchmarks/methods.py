@@ -260,12 +260,12 @@ def _cg_defaults() -> dict[str, Any]:
 def _cg_revision() -> str:
     """A mark that changes with our defaults, so that only then our cells are run again.
 
-    ``cg_optim.ALGORITHM`` may name a change of the mathematics that leaves the signature alone.
+    ``RULE_VERSION`` stands for changes of the mathematics that leave the signature alone.
     """
-    import cg_optim
+    from cg_optim.rule import RULE_VERSION
 
     defaults = {key: value for key, value in _cg_defaults().items() if key != "weight_decay"}
-    mark = f"{getattr(cg_optim, 'ALGORITHM', '')}{sorted(defaults.items(), key=str)}"
+    mark = f"{RULE_VERSION}{sorted(defaults.items(), key=str)}"
     return hashlib.sha256(mark.encode()).hexdigest()[:8]
 
 

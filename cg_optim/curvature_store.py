@@ -27,8 +27,8 @@ from cg_optim.pairs import LoRAPair
 DECAY = 0.95
 #: Statistics are collected in each of the first steps, then in every INTERVAL-th only:
 #: X drifts slowly once training is under way, and the hooks' cost falls accordingly.
-WARM_UP_STEPS = 10
-INTERVAL = 4
+WARM_UP_STEPS = 6
+INTERVAL = 6
 
 STATE_PREFIX = "input_"
 

@@ -38,6 +38,10 @@ from cg_optim.damped import DampedInput
 from cg_optim.linalg import all_finite, damped_cholesky
 from cg_optim.whitening import MatrixWhitening, Whitening
 
+#: Raised with every change of the mathematics or of the curvature's schedule, so that
+#: benchmark results of an older method are not taken for this one's.
+RULE_VERSION = 2
+
 
 @dataclass(frozen=True)
 class AdamSettings:
