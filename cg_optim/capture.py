@@ -34,6 +34,7 @@ class Capture:
         "_waiting",
         "_x",
         "generation",
+        "overwritten",
         "pair_indices",
         "started_at",
     )
@@ -49,6 +50,8 @@ class Capture:
         self._waiting = 0
         self.generation = generation
         self.started_at = 0
+        #: Whether the model has written to the input since, so that it is lost.
+        self.overwritten = False
         self.pair_indices: list[int] = []
 
     @property
@@ -71,8 +74,17 @@ class Capture:
         if self._x is None:
             if self._node is None:  # a second backward through a retained graph
                 return False
-            # Reading saved tensors is what triggers recomputation under checkpointing.
-            (self._x,) = self._node.saved_tensors
+            try:
+                # Reading saved tensors is what triggers recomputation under checkpointing.
+                (self._x,) = self._node.saved_tensors
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                # The model itself may have no need of what it wrote over (dropout keeps
+                # its mask only); then its backward must not fail because of this capture.
+                self.overwritten = True
+                self.release()
+                return False
         has_gradient = grad_out.detach().any(-1).reshape(-1)
         self._mask = has_gradient if self._mask is None else self._mask | has_gradient
         self._waiting -= 1

@@ -291,7 +291,6 @@ class CurvatureObserver:
         if not self.collecting or capture.generation != self._generation:
             capture.release()
             return
-        self._heard.add(pair_index)
         device = grad_out.device.type
         with self._lock, torch.no_grad(), torch.autocast(device, enabled=False):
             if self._was_zeroed(pair_index):
@@ -303,6 +302,8 @@ class CurvatureObserver:
             if not capture.started:
                 capture.started_at = self._clock
             complete = capture.gradient_arrived(grad_out)
+            if not capture.overwritten:
+                self._heard.add(pair_index)
             if complete:
                 self._hand_over(capture)
             elif capture.started:

@@ -271,9 +271,10 @@ class CGLoRAOptimizer(Optimizer):
             self._warned_unobserved = True
             warnings.warn(
                 f"{len(bypassed)} LoRA pair(s) get gradients but their hooks see nothing, e.g. "
-                f"{self._pairs[min(bypassed)].name!r}: a fused kernel or a model compiled before "
-                "the optimizer was built bypasses the module; they are stepped without input "
-                "curvature",
+                f"{self._pairs[min(bypassed)].name!r}: a fused kernel bypasses the module, its "
+                "input is overwritten in place, or a model of this class was compiled before the "
+                "optimizer was built (call torch._dynamo.reset() after building it); they are "
+                "stepped without input curvature",
                 UnobservedPairWarning,
                 stacklevel=4,
             )

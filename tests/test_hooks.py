@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cg_optim import CGLoRAOptimizer, LoRAPair
+from cg_optim.errors import UnobservedPairWarning
 from tests.models import (
     LoRALinear,
     assert_close,
@@ -96,6 +97,20 @@ def test_the_same_input_used_twice_by_one_module_counts_twice() -> None:
     (one(x).square().sum() + one(x).sin().sum() + one(y).square().sum()).backward()
     optimizer.step()
     assert_close(gram(optimizer, one), mean_gram(x, x, y))
+
+
+def test_a_model_may_overwrite_an_input_that_its_own_backward_does_not_need() -> None:
+    one = layer(p=0.5)  # dropout: A sees a copy of x, and autograd keeps no x at all
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    before = one.lora_B.weight.detach().clone()
+    x = torch.randn(7, N)
+    y = one(x)
+    x.add_(1)
+    y.square().sum().backward()
+    with pytest.warns(UnobservedPairWarning, match="overwritten"):
+        optimizer.step()
+    assert not torch.equal(one.lora_B.weight, before)
+    assert gram(optimizer, one).count_nonzero() == 0
 
 
 def test_an_input_written_to_between_two_layers_is_two_inputs() -> None:

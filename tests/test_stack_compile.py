@@ -75,12 +75,19 @@ def test_statistics_pause_and_go_on_in_compiled_code() -> None:
     loss_of(model, batch()).backward()
 
 
-def test_compiled_before_the_optimizer_was_built_is_reported() -> None:
+@pytest.mark.parametrize("which", ["this model", "another of its class"])
+def test_compiled_before_the_optimizer_was_built_is_reported(which: str) -> None:
     model = tagger()
-    compiled = torch.compile(model, backend="eager")
-    loss_of(compiled, batch()).backward()
+    first = model if which == "this model" else tagger(1)
+    loss_of(torch.compile(first, backend="eager"), batch()).backward()
     model.zero_grad()
     optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    compiled = torch.compile(model, backend="eager")
     with pytest.warns(UnobservedPairWarning, match="compiled before the optimizer") as caught:
         train(compiled, optimizer, range(3))
     assert len(caught) == 1
+    assert "torch._dynamo.reset()" in str(caught[0].message)
+    assert not any(v.any() for k, v in curvature_state(model, optimizer).items() if "trace" in k)
+    torch._dynamo.reset()
+    train(compiled, optimizer, range(3, 5))
+    assert all(v > 0 for k, v in curvature_state(model, optimizer).items() if "trace" in k)
