@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_optim.discovery import Discovery, find_lora_pairs
-from cg_optim.errors import GradientError, HyperparameterError, ParameterError
+from cg_optim.errors import GradientError, HyperparameterError, PairError, ParameterError
 from cg_optim.pairs import LoRAPair, check_unique
 
 Group = dict[str, Any]
@@ -179,16 +179,34 @@ def check_not_empty(groups: Sequence[Group], model: nn.Module | None) -> None:
     raise ParameterError(f"there is nothing to optimise: {reason}")
 
 
+def as_pairs(pairs: object) -> tuple[LoRAPair, ...]:
+    """The pairs declared by hand.
+
+    Raises:
+        PairError: If they are no collection of :class:`~cg_optim.LoRAPair`.
+    """
+    if not isinstance(pairs, Iterable):
+        raise PairError(f"pairs is a {type(pairs).__name__}; expected a list of LoRAPair")
+    declared = tuple(pairs)
+    for pair in declared:
+        if not isinstance(pair, LoRAPair):
+            raise PairError(f"pairs holds a {type(pair).__name__}; expected LoRAPair(A=..., B=...)")
+    return declared
+
+
 def discover(model: nn.Module | None, declared: Sequence[LoRAPair]) -> Discovery:
     """Declared pairs first, then the model's own that do not overlap with them.
 
     Raises:
         AdapterError: If the model's adapters are frozen, merged or disabled.
         PairError: If declared pairs overlap.
+        ParameterError: If the model is not a module.
     """
     check_unique(list(declared))
     if model is None:
         return Discovery(tuple(declared), {})
+    if not isinstance(model, nn.Module):
+        raise ParameterError(f"model is a {type(model).__name__}; expected an nn.Module")
     found = find_lora_pairs(model)
     taken = {id(p) for pair in declared for p in (pair.A, pair.B)}
     others = [p for p in found.pairs if id(p.A) not in taken and id(p.B) not in taken]

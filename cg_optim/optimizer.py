@@ -108,7 +108,7 @@ class CGLoRAOptimizer(Optimizer):
         else:
             groups = arguments.as_groups(model_or_params)
         arguments.check_parameters(groups)
-        declared = tuple(pairs)
+        declared = arguments.as_pairs(pairs)
         self._model = model
         self._declared = declared
         self._representation = curvature
@@ -185,8 +185,10 @@ class CGLoRAOptimizer(Optimizer):
                 for parameter in (pair.A, pair.B):
                     if parameter in self.state:  # AdamW stepped it so far
                         self.state[parameter] = as_factor_state(parameter, self.state[parameter])
-            elif len(missing) < 2:
-                reason = "not contiguous" if strided else f"{missing[0]} is not being optimised"
+            elif len(missing) < 2 or pair in self._declared:
+                verb = "are" if len(missing) == 2 else "is"
+                lacking = f"{' and '.join(missing)} {verb} not being optimised"
+                reason = lacking if missing else "not contiguous"
                 self._left_out[pair.name] = reason
         if self._observer is None:
             self._observe()

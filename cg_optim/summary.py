@@ -57,7 +57,8 @@ def _left_to_adamw(
     lines = [f"left to AdamW: {len(others)} tensors, {total:,} values"]
     for index, parameter in enumerate(others):
         name = names.get(id(parameter), f"parameter {index}")
-        lines.append(f"  {name} {_shape(parameter)}: {left_out.get(name, 'not a LoRA factor')}")
+        usual = "not a LoRA factor" if parameter.requires_grad else "frozen (requires_grad=False)"
+        lines.append(f"  {name} {_shape(parameter)}: {left_out.get(name, usual)}")
     optimised = {names.get(id(p)) for p in others}
     rest = {name: reason for name, reason in left_out.items() if name not in optimised}
     if rest:

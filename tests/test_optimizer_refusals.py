@@ -126,6 +126,23 @@ def test_pairs_that_share_a_parameter() -> None:
         CGLoRAOptimizer([a, b, c], pairs=pairs)
 
 
+@pytest.mark.parametrize("pairs", [3, LoRAPair(*(nn.Parameter(torch.ones(2, 2)) for _ in "AB"))])
+def test_pairs_that_are_no_list(pairs: Any) -> None:
+    with pytest.raises(PairError, match="expected a list of LoRAPair"):
+        CGLoRAOptimizer(tagger(), pairs=pairs)
+
+
+def test_pairs_that_are_plain_tuples() -> None:
+    model = tagger()
+    with pytest.raises(PairError, match=r"tuple; expected LoRAPair"):
+        CGLoRAOptimizer(model, pairs=[(model.head.weight, model.head.weight)])  # type: ignore[list-item]
+
+
+def test_a_model_that_is_no_module() -> None:
+    with pytest.raises(ParameterError, match="model is a dict"):
+        CGLoRAOptimizer([nn.Parameter(torch.ones(2))], model={})  # type: ignore[arg-type]
+
+
 def test_every_error_derives_from_one_class_and_from_the_builtin() -> None:
     for error, builtin in (
         (HyperparameterError, ValueError),

@@ -50,3 +50,17 @@ def test_half_a_pair_is_explained() -> None:
     text = CGLoRAOptimizer(given, model=model).summary()
     assert "two" in text
     assert "B is not being optimised" in text
+
+
+def test_a_declared_pair_that_is_not_among_the_parameters_is_mentioned() -> None:
+    foreign = LoRALinear(6, 5)
+    pair = LoRAPair(foreign.lora_A.weight, foreign.lora_B.weight, name="foreign")
+    text = CGLoRAOptimizer(tagger(), pairs=[pair]).summary()
+    assert "not optimised as pairs:\n  foreign: A and B are not being optimised" in text
+
+
+def test_frozen_parameters_handed_over_are_called_frozen() -> None:
+    model = tagger()
+    text = CGLoRAOptimizer(model.parameters(), model=model).summary()
+    assert "  embed.weight 11x8: frozen (requires_grad=False)" in text
+    assert "  head.weight 3x8: not a LoRA factor" in text
