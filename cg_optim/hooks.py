@@ -130,7 +130,8 @@ class CurvatureObserver:
         self._generation = 0
         self._handles: list[RemovableHandle] = []
         # By module and thread: nn.DataParallel runs replicas of one module at once.
-        self._inputs: dict[tuple[int, int], Tensor] = {}
+        # The version tells whether the layer has written to its input since.
+        self._inputs: dict[tuple[int, int], tuple[Tensor, int]] = {}
         # Pairs still to use an input whose module has returned already.
         self._missing: dict[tuple[int, int], set[int]] = {}
         # Autograd has a thread for each device.
@@ -239,7 +240,7 @@ class CurvatureObserver:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
                 if value.shape[-1] == n:
-                    self._inputs[key] = value
+                    self._inputs[key] = value, _version_of(value)
                 return
 
     def _on_exit(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
@@ -257,12 +258,14 @@ class CurvatureObserver:
     def _on_output(self, module_id: int, args: tuple[Any, ...], output: Any) -> None:
         for index in self._pairs_by_output[module_id]:
             key = self._input_of[index], threading.get_ident()
-            x = self._inputs.get(key)
+            x, version = self._inputs.get(key, (None, 0))
             if key in self._missing:
                 self._missing[key].discard(index)
                 if not self._missing[key]:
                     self._drop_input(key)
-            if x is not None and isinstance(output, Tensor) and output.requires_grad:
+            if x is None or _version_of(x) != version:
+                continue
+            if isinstance(output, Tensor) and output.requires_grad:
                 self._watch_output(index, x, output)
 
     def _watch_output(self, index: int, x: Tensor, output: Tensor) -> None:
@@ -272,7 +275,7 @@ class CurvatureObserver:
             output.register_hook(_TensorHook(self, capture, index))
 
     def _capture_of(self, x: Tensor, pair_index: int) -> Capture:
-        written = 0 if x.is_inference() else x._version
+        written = _version_of(x)
         known = self._captures.get(id(x))
         if known is not None:
             tensor, version, reference = known
@@ -340,3 +343,8 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+def _version_of(x: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version

@@ -113,6 +113,23 @@ def test_a_model_may_overwrite_an_input_that_its_own_backward_does_not_need() ->
     assert gram(optimizer, one).count_nonzero() == 0
 
 
+def test_an_input_that_its_layer_overwrites_is_not_taken_for_the_input() -> None:
+    class Overwriting(LoRALinear):
+        def forward(self, x: Tensor) -> Tensor:
+            low = self.lora_A(x * 1.0)
+            base = self.base_layer(x)
+            x.mul_(3.0)
+            return base + self.lora_B(low)
+
+    torch.manual_seed(0)
+    one = Overwriting(N, M)
+    optimizer = CGLoRAOptimizer(wrapped(one))
+    one(torch.randn(7, N)).square().sum().backward()
+    with pytest.warns(UnobservedPairWarning, match="overwritten"):
+        optimizer.step()
+    assert gram(optimizer, one).count_nonzero() == 0
+
+
 def test_an_input_written_to_between_two_layers_is_two_inputs() -> None:
     one, two = layer(), layer(1)
     optimizer = CGLoRAOptimizer(wrapped(one, two), curvature="dense")
