@@ -37,6 +37,25 @@ def check_group(group: Group) -> None:
         raise HyperparameterError(
             f"damping is {damping!r}; expected a number > 0 (relative to the mean curvature)"
         )
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise HyperparameterError(
+                f"{name} is {group[name]!r} in a parameter group; CGLoRAOptimizer has no such "
+                "variant, remove it"
+            )
+
+
+def check_one_model(first: nn.Module, second: nn.Module | None) -> None:
+    """Refuse two different models.
+
+    Raises:
+        ParameterError: If ``model=`` names another module than the first argument.
+    """
+    if second is not None and second is not first:
+        raise ParameterError(
+            f"the first argument is a {type(first).__name__} and model= another module "
+            f"({type(second).__name__}); give one of them, or parameters and model="
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -68,15 +68,19 @@ class InputCurvature:
         ``(1 - decay) / (1 - decay^t)``.
         """
         empty = not bool(self._rows > 0)
-        finite = bool(torch.isfinite(self._square_sum))
-        if finite and not empty:
-            self.updates += 1
-            new = (1.0 - decay) / (1.0 - decay ** int(self.updates))
-            self.trace.mul_(1.0 - new).add_(self._square_sum / self._rows, alpha=new)
-            self._update(new)
-            self._damped.clear()
+        usable = bool(torch.isfinite(self._square_sum))
+        if usable and not empty:
+            new = (1.0 - decay) / (1.0 - decay ** (int(self.updates) + 1))
+            try:
+                self._update(new)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                usable = False  # nothing was changed: the last estimate goes on
+            else:
+                self.trace.mul_(1.0 - new).add_(self._square_sum / self._rows, alpha=new)
+                self.updates += 1
+                self._damped.clear()
         self.discard()
-        return finite
+        return usable
 
     def discard(self) -> None:
         """Drop this step's sums."""

@@ -47,8 +47,10 @@ class CGLoRAOptimizer(Optimizer):
     >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     Build it before ``torch.compile`` compiles the model: hooks registered later never
-    run.  The hooks stay on the model until :meth:`remove_hooks`, or leave the ``with``
-    block when the optimizer is used as a context manager.  A numerical failure is absorbed,
+    run; ``torch._dynamo.reset()`` after building it makes up for an earlier compilation of
+    a model of the same class.  The hooks stay on the model until :meth:`remove_hooks`, or
+    leave the ``with`` block when the optimizer is used as a context manager.  A numerical
+    failure is absorbed,
     counted in :meth:`diagnostics` and warned about once per kind.
 
     ``copy.deepcopy`` and ``pickle`` work on the model and its optimizer *together*, e.g. as
@@ -103,6 +105,7 @@ class CGLoRAOptimizer(Optimizer):
         }
         arguments.check_group(defaults)
         if isinstance(model_or_params, nn.Module):
+            arguments.check_one_model(model_or_params, model)
             model = model_or_params
             groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         else:
@@ -445,7 +448,7 @@ class CGLoRAOptimizer(Optimizer):
         """Counts of numerical events so far; everything zero in a healthy run.
 
         Keys: ``"pair skipped"`` and ``"parameter skipped"`` (gradients that were not
-        finite), ``"curvature update dropped"`` (inputs that were not finite).  Waits for
-        the GPU, unlike :meth:`step`.
+        finite), ``"curvature update dropped"`` (inputs that were not finite, or a
+        factorisation that failed).  Waits for the GPU.
         """
         return self._events.counts()

@@ -106,7 +106,10 @@ def whitened_adam(
     first = bias_correction(settings.beta1, step).to(grad.dtype)[..., None, None]
     second = bias_correction(settings.beta2, step).sqrt().to(grad.dtype)[..., None, None]
     mean = exp_avg if whitening is None else whitening.apply(exp_avg)
-    unit = (mean / first) / (exp_avg_sq.sqrt() / second + settings.eps)
+    scale = exp_avg_sq.sqrt() / second + settings.eps
+    if settings.eps == 0:
+        scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)  # A's gradient at B = 0 is zero
+    unit = (mean / first) / scale
     value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
 
     usable = all_finite(value) & all_finite(exp_avg_sq)

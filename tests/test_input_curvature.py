@@ -182,3 +182,20 @@ def test_one_feature() -> None:
     assert float(damped.whitening().apply(torch.ones(1, 1, dtype=torch.float64))) == pytest.approx(
         1
     )
+
+
+def test_a_failed_factorisation_keeps_the_last_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    curvature = LowRankCurvature(12, torch.zeros(1), rank=3)
+    rows, mask = torch.randn(20, 12), torch.ones(20, dtype=torch.bool)
+    curvature.accumulate(rows, mask)
+    assert curvature.update(0.9)
+    before = {name: value.clone() for name, value in curvature.state().items()}
+
+    def fails(*_: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    curvature.accumulate(rows, mask)
+    assert not curvature.update(0.9)
+    for name, value in curvature.state().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)

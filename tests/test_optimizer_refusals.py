@@ -212,3 +212,15 @@ def test_no_pairs_in_the_given_parameters_is_only_a_warning() -> None:
     model = tagger()
     with pytest.warns(NoPairsWarning, match="no LoRA pair"):
         CGLoRAOptimizer(model.head.parameters(), model=model)
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize"])
+def test_variants_of_adam_that_are_not_there_are_refused(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(HyperparameterError, match=name):
+        CGLoRAOptimizer([{"params": [parameter], name: True}], lr=1e-3, curvature=None)
+
+
+def test_two_different_models_are_refused() -> None:
+    with pytest.raises(ParameterError, match="another module"):
+        CGLoRAOptimizer(torch.nn.Linear(2, 2), model=torch.nn.Linear(2, 2))

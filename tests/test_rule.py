@@ -166,3 +166,11 @@ def test_hidden_whitening_of_a_zero_or_deficient_a_is_finite() -> None:
     down = torch.zeros(2, 3, 5)
     down[1, 0] = 1.0  # rank 1
     assert bool(torch.isfinite(hidden_whitening(down, None, 0.1).matrix).all())
+
+
+def test_without_eps_entries_that_never_had_a_gradient_stay() -> None:
+    grad = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
+    direction = whitened_adam(grad, fresh(2, 2), None, AdamSettings(0.9, 0.999, 0.0))
+    assert bool(direction.usable)
+    expected = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(direction.value, expected)
