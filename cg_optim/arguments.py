@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ def check_one_model(first: nn.Module, second: nn.Module | None) -> None:
             f"the first argument is a {type(first).__name__} and model= another module "
             f"({type(second).__name__}); give one of them, or parameters and model="
         )
+
+
+def plain_numbers(group: Group) -> Group:
+    """A copy with NumPy's and other real numbers as Python's own, which any state dict holds."""
+    return {
+        name: float(value) if isinstance(value, Real) and not isinstance(value, int) else value
+        for name, value in group.items()
+    }
 
 
 def _is_number(value: object) -> bool:

@@ -96,13 +96,15 @@ class CGLoRAOptimizer(Optimizer):
         curvature: str | int | None = "auto",
     ) -> None:
         arguments.check_curvature(curvature)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "damping": damping,
-        }
+        defaults = arguments.plain_numbers(
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "damping": damping,
+            }
+        )
         arguments.check_group(defaults)
         if isinstance(model_or_params, nn.Module):
             arguments.check_one_model(model_or_params, model)
@@ -154,7 +156,7 @@ class CGLoRAOptimizer(Optimizer):
             HyperparameterError: If a number of the group is out of range.
             ParameterError: If a parameter is unusable or already known.
         """
-        group = arguments.as_list(param_group)
+        group = arguments.plain_numbers(arguments.as_list(param_group))
         if not group["params"]:
             return
         arguments.check_group({**self.defaults, **group})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -224,3 +225,13 @@ def test_variants_of_adam_that_are_not_there_are_refused(name: str) -> None:
 def test_two_different_models_are_refused() -> None:
     with pytest.raises(ParameterError, match="another module"):
         CGLoRAOptimizer(torch.nn.Linear(2, 2), model=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.float64])
+def test_numbers_of_numpy_become_python_s(kind: type) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [parameter], "weight_decay": kind(0.5)}]
+    optimizer = CGLoRAOptimizer(groups, lr=kind(0.25), curvature=None)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
+    assert {type(group["lr"]), type(group["weight_decay"])} == {float}
