@@ -61,10 +61,13 @@ def check_one_model(first: nn.Module, second: nn.Module | None) -> None:
 
 def plain_numbers(group: Group) -> Group:
     """A copy with NumPy's and other real numbers as Python's own, which any state dict holds."""
-    return {
-        name: float(value) if isinstance(value, Real) and not isinstance(value, int) else value
-        for name, value in group.items()
-    }
+    return {name: _plain(value) for name, value in group.items()}
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return float(value)
 
 
 def _is_number(value: object) -> bool:
