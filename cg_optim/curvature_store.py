@@ -52,7 +52,6 @@ class CurvatureStore:
         self._curvature_of: dict[int, InputCurvature] = {}
         # Pairs whose curvature exists only because there had to be something to save.
         self._blank: set[int] = set()
-        self.seen: set[int] = set()
 
     def of(self, pair_index: int) -> InputCurvature | None:
         """The curvature of a pair, None if it has none yet."""
@@ -71,7 +70,6 @@ class CurvatureStore:
 
     def consume(self, rows: Tensor, mask: Tensor, pair_indices: tuple[int, ...]) -> None:
         """Add the rows that these pairs received; the observer's consumer."""
-        self.seen.update(pair_indices)
         together = set(pair_indices)
         fresh = [i for i in pair_indices if i not in self._curvature_of or i in self._blank]
         if fresh:
@@ -100,28 +98,24 @@ class CurvatureStore:
     def update(self) -> int:
         """Fold in what was collected since the last call; how many sums were unusable."""
         failures = sum(not curvature.update(DECAY) for curvature in self.distinct())
-        self.seen.clear()
         return failures
 
     def discard(self) -> None:
         """Drop what was collected since the last update."""
         for curvature in self.distinct():
             curvature.discard()
-        self.seen.clear()
 
     def discard_pair(self, pair_index: int) -> set[int]:
         """Drop what was collected for a pair since the last update.
 
         Returns:
-            The pairs that share its curvature; they were seen in the same passes and
-            lose the same rows.
+            The pairs that share its curvature; they lose the same rows.
         """
         curvature = self._curvature_of.get(pair_index)
         if curvature is None:
             return set()
         curvature.discard()
         members = {i for i, c in self._curvature_of.items() if c is curvature}
-        self.seen -= members
         return members
 
     # ------------------------------------------------------------------ state
@@ -142,7 +136,6 @@ class CurvatureStore:
         """
         self._curvature_of.clear()
         self._blank.clear()
-        self.seen.clear()
         for index, tensors in sorted(saved.items()):
             plain = {name.removeprefix(STATE_PREFIX): value for name, value in tensors.items()}
             for curvature in self.distinct():

@@ -28,8 +28,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -221,15 +220,6 @@ class CurvatureObserver:
         self._inputs.clear()
         self._missing.clear()
         return bypassed
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Collect nothing inside the block."""
-        before, self.collecting = self.collecting, False
-        try:
-            yield
-        finally:
-            self.collecting = before
 
     # ------------------------------------------------------------------ forward
 
