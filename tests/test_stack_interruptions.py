@@ -46,7 +46,9 @@ def test_killed_and_restarted_training_ends_with_the_same_bits(tmp_path: Path) -
     choose = random.Random(0)
     path = tmp_path / "checkpoint.pt"
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    # Sums are split by threads: the same bits take the same number of them.
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-c", TRAINING, str(path)]
 
     def steps_saved() -> int:
