@@ -35,20 +35,24 @@ from tests.models import (
 # Positions of the first pair among the trainable parameters of the tagger.
 A, B = 2, 3
 
-# The same training in a process of its own: python -c RESUME checkpoint dtype steps...
-RESUME = """
+# Training in a process of its own: from the start, saving on the way, or resumed from there.
+TRAINING = """
 import sys, torch
 from cg_optim import CGLoRAOptimizer
 from tests.models import snapshot, tagger, train
-path, dtype, rank, first, last = sys.argv[1:]
-rank = rank if rank == "auto" else int(rank)
-saved = torch.load(path, weights_only=True)
-model = tagger(seed=7).to(getattr(torch, dtype))
-model.load_state_dict(saved["model"])
+way, path, dtype, rank, saved_at = sys.argv[1:]
+rank, saved_at = rank if rank == "auto" else int(rank), int(saved_at)
+model = tagger(seed=7 if way == "resumed" else 0).to(getattr(torch, dtype))
 optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=rank)
-optimizer.load_state_dict(saved["optimizer"])
-train(model, optimizer, range(int(first), int(last)))
-torch.save(snapshot(model, optimizer), path + ".resumed")
+if way == "resumed":
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+else:
+    train(model, optimizer, range(saved_at))
+    torch.save(snapshot(model, optimizer), path)
+train(model, optimizer, range(saved_at, 20))
+torch.save(snapshot(model, optimizer), path + "." + way)
 """
 
 
@@ -65,20 +69,19 @@ torch.save(snapshot(model, optimizer), path + ".resumed")
 def test_resuming_in_a_new_process_is_bitwise(
     tmp_path: Path, dtype: str, saved_at: int, curvature: str | int
 ) -> None:
-    model = tagger().to(getattr(torch, dtype))
-    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
-    train(model, optimizer, range(saved_at))
     path = tmp_path / "checkpoint.pt"
-    torch.save(snapshot(model, optimizer), path)
-    train(model, optimizer, range(saved_at, 20))
-    command = [sys.executable, "-c", RESUME, str(path), dtype, str(curvature), str(saved_at), "20"]
     root = Path(__file__).parents[1]
-    # Sums are split by threads: the same bits take the same number of them.
-    threads = str(torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
-    subprocess.run(command, check=True, cwd=root, env=environment, timeout=120)
-    resumed = torch.load(f"{path}.resumed", weights_only=True)
-    assert_equal(resumed, snapshot(model, optimizer))
+    # Two processes alike: sums are split by threads, and tests before may have set their number.
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    for way in ("straight", "resumed"):
+        command = [sys.executable, "-c", TRAINING, way, str(path), dtype, str(curvature)]
+        command.append(str(saved_at))
+        subprocess.run(command, check=True, cwd=root, env=environment, timeout=120)
+    straight, resumed = (
+        torch.load(f"{path}.{way}", weights_only=True) for way in ("straight", "resumed")
+    )
+    assert resumed["optimizer"]["param_groups"][0]["steps_taken"] == 20
+    assert_equal(resumed, straight)
 
 
 @pytest.mark.parametrize("saved_at", [0, 1, 9, 10, 11, 13, 16, 17])

@@ -161,6 +161,8 @@ def test_stopping_by_hand_keeps_finished_cells_and_leaves_no_process(tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell's background job has the signal ignored, and so would have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(load_all(tmp_path)) and process.poll() is None and time.monotonic() < deadline:
