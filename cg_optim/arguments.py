@@ -244,3 +244,30 @@ def discover(model: nn.Module | None, declared: Sequence[LoRAPair]) -> Discovery
     pairs = (*declared, *others)
     check_unique(list(pairs))
     return Discovery(pairs, found.left_out)
+
+
+def complete_pairs(
+    found: Discovery, parameters: Iterable[Tensor], declared: Sequence[LoRAPair]
+) -> tuple[list[LoRAPair], dict[str, str]]:
+    """The pairs whose two factors are both being optimised, and why the others are not.
+
+    Args:
+        found: Everything :func:`discover` knows.
+        parameters: What the optimizer was given.
+        declared: Pairs declared by hand; if nothing of them is optimised, that is said too.
+
+    Returns:
+        The usable pairs, and reasons by name for everything left out.
+    """
+    mine = {id(parameter) for parameter in parameters}
+    usable, left_out = [], dict(found.left_out)
+    for pair in found.pairs:
+        missing = [x for x, p in (("A", pair.A), ("B", pair.B)) if id(p) not in mine]
+        strided = any(p.ndim > 2 and not p.is_contiguous() for p in (pair.A, pair.B))
+        if not missing and not strided:
+            usable.append(pair)
+        elif len(missing) < 2 or pair in declared:
+            verb = "are" if len(missing) == 2 else "is"
+            lacking = f"{' and '.join(missing)} {verb} not being optimised"
+            left_out[pair.name] = lacking if missing else "not contiguous"
+    return usable, left_out

@@ -13,29 +13,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from cg_optim import arguments, checkpoint, events
-from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
+from cg_optim import arguments, events
+from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore
 from cg_optim.discovery import Discovery
 from cg_optim.errors import NoPairsWarning, UnobservedPairWarning
 from cg_optim.factor_state import as_factor_state, new_factor_state
-from cg_optim.hooks import CurvatureObserver
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair
 from cg_optim.plain_step import step_plain
+from cg_optim.resumable import Group, ResumableOptimizer
 from cg_optim.rule import AdamSettings, Moments
 from cg_optim.summary import render_summary
 
-Group = dict[str, Any]
 
-
-class CGLoRAOptimizer(Optimizer):
+class CGLoRAOptimizer(ResumableOptimizer):
     r"""Curvature-guided optimizer for LoRA, a drop-in replacement for ``torch.optim.AdamW``.
 
     LoRA pairs are found in the model and stepped by Adam in coordinates in which the
@@ -117,10 +114,10 @@ class CGLoRAOptimizer(Optimizer):
         self._model = model
         self._declared = declared
         self._representation = curvature
-        self._left_out: dict[str, str] = {}
-        self._pairs: list[LoRAPair] = []
+        self._left_out = {}
+        self._pairs = []
         self._events = events.EventCounter()
-        self._observer: CurvatureObserver | None = None
+        self._observer = None
         self._store = CurvatureStore(self._pairs, curvature or "auto")
         self._warned_unobserved = False
         found = self._discover()
@@ -172,57 +169,21 @@ class CGLoRAOptimizer(Optimizer):
             return Discovery((), {})
         return arguments.discover(self._model, self._declared)
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _adopt(self, found: Discovery) -> None:
         """Take over the pairs whose two factors are both among the parameters."""
-        mine = {id(p) for p in self._parameters()}
-        self._left_out = dict(found.left_out)
         known = {id(pair.A) for pair in self._pairs}
-        for pair in found.pairs:
+        usable, self._left_out = arguments.complete_pairs(found, self._parameters(), self._declared)
+        for pair in usable:
             if id(pair.A) in known:
                 continue
-            missing = [x for x, p in (("A", pair.A), ("B", pair.B)) if id(p) not in mine]
-            strided = any(p.ndim > 2 and not p.is_contiguous() for p in (pair.A, pair.B))
-            if not missing and not strided:
-                self._pairs.append(pair)
-                for parameter in (pair.A, pair.B):
-                    if parameter in self.state:  # AdamW stepped it so far
-                        self.state[parameter] = as_factor_state(parameter, self.state[parameter])
-            elif len(missing) < 2 or pair in self._declared:
-                verb = "are" if len(missing) == 2 else "is"
-                lacking = f"{' and '.join(missing)} {verb} not being optimised"
-                reason = lacking if missing else "not contiguous"
-                self._left_out[pair.name] = reason
+            self._pairs.append(pair)
+            for parameter in (pair.A, pair.B):
+                if parameter in self.state:  # AdamW stepped it so far
+                    self.state[parameter] = as_factor_state(parameter, self.state[parameter])
         if self._observer is None:
             self._observe()
         elif self._observer.active:
             self._observer.watch(self._pairs)
-
-    def _observe(self) -> None:
-        if any(pair.observed for pair in self._pairs):
-            self._observer = CurvatureObserver(
-                self._pairs, self._store.consume, self._store.discard_pair
-            )
-            self._schedule_collection()
-
-    def remove_hooks(self) -> None:
-        """Take every hook off the model; training can go on with the last curvature."""
-        if self._observer is not None:
-            self._observer.remove()
-            self._store.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove_hooks()
 
     # ------------------------------------------------------------------ the step
 
@@ -266,12 +227,6 @@ class CGLoRAOptimizer(Optimizer):
         self._warn_if_bypassed(self._observer.flush())
         self._events.add(events.CURVATURE_DROPPED, self._store.update())
         self._link_curvature()
-
-    def _link_curvature(self) -> None:
-        """Point the saved state to the live tensors, which sharing may have replaced."""
-        for index, pair in enumerate(self._pairs):
-            if pair.observed and pair.A in self.state:
-                self.state[pair.A].update(self._store.state(index))
 
     def _warn_if_bypassed(self, bypassed: set[int]) -> None:
         if bypassed and not self._warned_unobserved:
@@ -331,113 +286,11 @@ class CGLoRAOptimizer(Optimizer):
             for skipped in step_plain(params, [self.state[p] for p in params], group):
                 self._events.add(events.PARAMETER_SKIPPED, skipped)
 
-    def _steps_taken(self) -> int:
-        return int(self.param_groups[0].get("steps_taken", 0)) if self.param_groups else 0
-
     def _count_step(self) -> None:
         taken = self._steps_taken() + 1
         for group in self.param_groups:
             group["steps_taken"] = taken
         self._schedule_collection()
-
-    def _schedule_collection(self) -> None:
-        if self._observer is not None:
-            self._observer.collecting = collects_at(self._steps_taken())
-
-    # ------------------------------------------------------------- save and resume
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Group) -> None:
-        """Restore what ``state_dict()`` returned, bit for bit.
-
-        Unlike in ``torch.optim``, the state of bf16 and fp16 LoRA factors keeps its
-        float32 precision, and a state dict that does not fit is refused as a whole.
-        Statistics of a backward without a step are dropped.
-
-        Raises:
-            StateError: If the state is damaged or belongs to another model; the
-                optimizer is unchanged then.
-        """
-        # As hooks of torch's own method: after the user's hooks that adapt a state dict,
-        # and before those that look at the result.
-        incoming: list[Group] = []
-        hooks = (
-            self.register_load_state_dict_pre_hook(lambda _, given: self._check(given, incoming)),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._restore_precision(incoming[0]), prepend=True
-            ),
-        )
-        try:
-            checkpoint.check_is_state_dict(state_dict)
-            super().load_state_dict(dict(state_dict))
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _check(self, state_dict: Group, incoming: list[Group]) -> None:
-        checkpoint.check(state_dict, self.param_groups, self._expected_state())
-        position = {id(p): i for i, p in enumerate(self._parameters())}
-        pairs = [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
-        checkpoint.check_pairs_complete(state_dict, pairs)
-        incoming.append(state_dict)
-
-    def _restore_precision(self, state_dict: Group) -> None:
-        """Replace what torch has cast to the dtype of the parameters."""
-        saved = checkpoint.states_of(state_dict, self._parameters())
-        curvatures: dict[int, dict[str, Tensor]] = {}
-        for index, pair in enumerate(self._pairs):
-            if id(pair.A) not in saved:
-                continue
-            for parameter in (pair.A, pair.B):
-                self.state[parameter] = as_factor_state(parameter, saved[id(parameter)])
-            if pair.observed:
-                curvatures[index] = {
-                    name: value
-                    for name, value in saved[id(pair.A)].items()
-                    if name.startswith(STATE_PREFIX)
-                }
-        self._store.load_state(curvatures)
-        self._link_curvature()
-        if self._observer is not None:
-            self._observer.discard()
-        self._schedule_collection()
-
-    def __getstate__(self) -> Group:
-        names = ("_model", "_declared", "_representation", "_left_out", "_pairs", "_store")
-        active = self._observer is not None and self._observer.active
-        return {
-            **super().__getstate__(),
-            **{name: getattr(self, name) for name in names},
-            "_hooks_wanted": active or self._observer is None,
-        }
-
-    def __setstate__(self, state: Group) -> None:
-        state = dict(state)
-        wanted = state.pop("_hooks_wanted", None)
-        super().__setstate__(state)
-        if wanted is None:  # load_state_dict, not a copy
-            return
-        # Copies of parameters have no gradient, so neither have they its statistics.
-        self._store.discard()
-        self._events = events.EventCounter()
-        self._observer = None
-        self._warned_unobserved = False
-        self._constructed = True
-        self._observe()
-        if not wanted:
-            self.remove_hooks()
-
-    def _expected_state(self) -> dict[int, dict[str, tuple[int, ...]]]:
-        adam = ("exp_avg", "exp_avg_sq")
-        curvature = {
-            id(pair.A): self._store.expected_state(index)
-            for index, pair in enumerate(self._pairs)
-            if pair.observed
-        }
-        return {
-            index: {"step": (), **dict.fromkeys(adam, tuple(p.shape)), **curvature.get(id(p), {})}
-            for index, p in enumerate(self._parameters())
-        }
 
     # -------------------------------------------------------------------- looking
 
