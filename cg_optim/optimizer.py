@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 
 from cg_optim import arguments, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore
+from cg_optim.diagnostics import LayerDiagnostics, look_at
 from cg_optim.discovery import Discovery
 from cg_optim.errors import NoPairsWarning, UnobservedPairWarning
 from cg_optim.factor_state import as_factor_state, new_factor_state
@@ -211,7 +212,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         self._fold_in_curvature()
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         work = [
-            self._pair_work(index, pair, group_of)
+            self._pair_work(index, pair, group_of, self._states_of(index, pair))
             for index, pair in enumerate(self._pairs)
             if pair.A.grad is not None or pair.B.grad is not None
         ]
@@ -241,10 +242,14 @@ class CGLoRAOptimizer(ResumableOptimizer):
                 stacklevel=4,
             )
 
-    def _pair_work(self, index: int, pair: LoRAPair, group_of: dict[int, Group]) -> PairWork:
-        state_a, state_b = self._factor_state(pair.A), self._factor_state(pair.B)
-        if pair.observed and not any(name.startswith(STATE_PREFIX) for name in state_a):
-            state_a.update(self._store.state(index))
+    def _pair_work(
+        self,
+        index: int,
+        pair: LoRAPair,
+        group_of: dict[int, Group],
+        states: tuple[Group, Group],
+    ) -> PairWork:
+        state_a, state_b = states
         group_a, group_b = group_of[id(pair.A)], group_of[id(pair.B)]
         values = pair.as_matrices(pair.A, pair.B)
         means = pair.as_matrices(state_a["exp_avg"], state_b["exp_avg"])
@@ -271,6 +276,12 @@ class CGLoRAOptimizer(ResumableOptimizer):
             self._store.damped(index, group_a["damping"]),
             group_a["damping"],
         )
+
+    def _states_of(self, index: int, pair: LoRAPair) -> tuple[Group, Group]:
+        state_a, state_b = self._factor_state(pair.A), self._factor_state(pair.B)
+        if pair.observed and not any(name.startswith(STATE_PREFIX) for name in state_a):
+            state_a.update(self._store.state(index))
+        return state_a, state_b
 
     def _factor_state(self, parameter: Tensor) -> Group:
         if not self.state[parameter]:
@@ -307,3 +318,21 @@ class CGLoRAOptimizer(ResumableOptimizer):
         factorisation that failed).  Waits for the GPU.
         """
         return self._events.counts()
+
+    def layer_diagnostics(self) -> list[LayerDiagnostics]:
+        """What the optimizer knows about each pair, and the step it would take now.
+
+        Call it after ``backward()`` and before ``zero_grad()``; without gradients the
+        numbers about the step are NaN.  They are computed here and now: training is not
+        slower, nor another one, whether this is called or not.  One call costs about two
+        steps and waits for the GPU.
+        """
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        layers = []
+        for index, pair in enumerate(self._pairs):
+            # Looking must not create state: get, not an index into the defaultdict.
+            known = [self.state.get(p) or new_factor_state(p) for p in (pair.A, pair.B)]
+            work = self._pair_work(index, pair, group_of, (known[0], known[1]))
+            missed = self._steps_taken() - max(int(state["step"]) for state in known)
+            layers.append(look_at(pair.name, work, self._store.of(index), missed))
+        return layers
