@@ -37,6 +37,14 @@ class StateError(CGOptimError, ValueError):
     """A state dict does not belong to this optimizer and model."""
 
 
+class OptimizerTypeError(CGOptimError, TypeError):
+    """Something else was given where only a ``CGLoRAOptimizer`` will do."""
+
+
+class RunFileError(CGOptimError, ValueError):
+    """A recorded run cannot be read or drawn."""
+
+
 class CGOptimWarning(UserWarning):
     """Base class of all warnings issued by :mod:`cg_optim`."""
 
