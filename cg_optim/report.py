@@ -104,6 +104,7 @@ def _draw_loss(panel: Any, records: Sequence[Record]) -> None:
     panel.set_title("training loss" if known else "training loss (not recorded)")
     rates = panel.twinx()
     rates.plot([r["step"] for r in records], [r["lr"] for r in records], color="grey", ls=":")
+    rates.set_ylim(bottom=0)
     rates.set_ylabel("learning rate (dotted)")
 
 

@@ -26,7 +26,7 @@ def train(
         recorder.record(loss)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
