@@ -3,6 +3,7 @@
 from cg_optim import errors
 from cg_optim._version import __version__
 from cg_optim.discovery import Discovery, find_lora_pairs
+from cg_optim.initialisation import curvature_init_
 from cg_optim.optimizer import CGLoRAOptimizer
 from cg_optim.pairs import LoRAPair
 
@@ -11,6 +12,7 @@ __all__ = [
     "Discovery",
     "LoRAPair",
     "__version__",
+    "curvature_init_",
     "errors",
     "find_lora_pairs",
 ]

@@ -59,6 +59,13 @@ class Capture:
         """Whether a gradient arrived that was not handed over yet."""
         return self._x is not None
 
+    @property
+    def rows(self) -> Tensor:
+        """The input as ``(rows, n)``, between the first gradient and :meth:`take`."""
+        assert self._x is not None
+        # One row for an input without batch dimension.
+        return self._x.reshape(-1, self._x.shape[-1])
+
     def accepts(self, pair_index: int) -> bool:
         """A pair joins once per forward; a second use of the same input counts anew."""
         untouched = self._x is None and self._node is not None
@@ -96,10 +103,8 @@ class Capture:
         Without the release every input would stay alive until the caller drops the
         loss, that is, through the whole next forward pass.
         """
-        assert self._x is not None
         assert self._mask is not None
-        # One row for an input without batch dimension.
-        rows, mask = self._x.reshape(-1, self._x.shape[-1]), self._mask
+        rows, mask = self.rows, self._mask
         self.release()
         return rows, mask
 

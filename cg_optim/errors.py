@@ -25,6 +25,10 @@ class AdapterError(CGOptimError, ValueError):
     """The model's adapters cannot be trained as they are (frozen, merged, disabled)."""
 
 
+class InitialisationError(CGOptimError, ValueError):
+    """The adapters cannot be initialised as asked (trained already, rank too large)."""
+
+
 class ParameterError(CGOptimError, ValueError):
     """The parameters handed over cannot be optimised (none at all, duplicates, complex)."""
 

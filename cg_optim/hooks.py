@@ -41,6 +41,9 @@ from cg_optim.pairs import LoRAPair
 #: Receives ``x`` as ``(rows, n)``, a boolean ``(rows,)`` mask (True where a gradient
 #: arrived) and the indices of the pairs that consumed ``x``.
 Consumer = Callable[[Tensor, Tensor, tuple[int, ...]], None]
+#: Receives a pair's index, its ``x`` as ``(rows, n)`` and the gradient of its output as
+#: ``(rows, m)``, while both are at hand.
+GradientConsumer = Callable[[int, Tensor, Tensor], None]
 #: Drops what was consumed for a pair since the last update; returns every pair concerned.
 Discarder = Callable[[int], Collection[int]]
 
@@ -113,10 +116,12 @@ class CurvatureObserver:
 
     Attributes:
         collecting: Switch; while False the hooks do nothing.
+        gradient_consumer: Also shown the gradients of the outputs, or None.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair], consumer: Consumer, discarder: Discarder) -> None:
         self.collecting = True
+        self.gradient_consumer: GradientConsumer | None = None
         self._consumer = consumer
         self._discarder = discarder
         # For pairs with a backward since the last flush: the version of B.grad right
@@ -297,6 +302,9 @@ class CurvatureObserver:
             complete = capture.gradient_arrived(grad_out)
             if not capture.overwritten:
                 self._heard.add(pair_index)
+            if self.gradient_consumer is not None and capture.started:
+                gradients = grad_out.detach().reshape(-1, grad_out.shape[-1])
+                self.gradient_consumer(pair_index, capture.rows, gradients)
             if complete:
                 self._hand_over(capture)
             elif capture.started:

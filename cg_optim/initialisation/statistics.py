@@ -1,0 +1,198 @@
+"""What is collected of each layer before it is initialised: first X and S, then the sketch.
+
+The two kinds of statistics come from different backward passes, because the sketch is taken in
+coordinates that the curvature makes white.  Layers with the same input share ``X``.  What is
+held is ``O((n + m) k)`` numbers for each layer and never a matrix of the size of its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cg_optim.curvature_store import CurvatureStore
+from cg_optim.hooks import CurvatureObserver
+from cg_optim.initialisation.low_rank import SVD
+from cg_optim.initialisation.sketch import (
+    GradientSketch,
+    TestMatrices,
+    sketch_sizes,
+    svd_of_sketches,
+    total_energy,
+)
+from cg_optim.input_curvature import new_input_curvature
+from cg_optim.pairs import LoRAPair
+from cg_optim.whitening import Whitening
+
+
+class WhitenedLayer(NamedTuple):
+    """What the statistics of one layer amount to.
+
+    Attributes:
+        svd: Leading triplets of ``M = K_S^T D K_X``, in units in which the damped ``X`` and
+            ``S`` have mean eigenvalue 1.
+        energy: ``|M|_F^2``, estimated.
+        k_x: Whitening of the inputs.
+        k_s: Whitening of the output gradients.
+        scale: What ``-K_S M K_X^T`` must be multiplied by to be the Newton step that
+            ``s B A`` stands for, divided by ``s``.
+    """
+
+    svd: SVD
+    energy: Tensor
+    k_x: Whitening
+    k_s: Whitening
+    scale: float
+
+
+class Statistics:
+    """The statistics of all observed pairs; its hooks are on the model until :meth:`close`.
+
+    Args:
+        pairs: All pairs, observed or not.
+        representation: How curvature is held, as for the optimizer.
+        damping: Relative damping of ``X`` and ``S``.
+        seed: Seed of the test matrices.
+    """
+
+    def __init__(
+        self, pairs: Sequence[LoRAPair], representation: str | int, damping: float, seed: int
+    ) -> None:
+        self._pairs = pairs
+        self._damping = damping
+        self._inputs = CurvatureStore(pairs, representation)
+        self._outputs = {
+            index: new_input_curvature(pair.out_features, pair.A, representation)
+            for index, pair in enumerate(pairs)
+            if pair.observed
+        }
+        self._tests = TestMatrices(seed)
+        #: Whether the sketch is being taken, not the curvature any more.
+        self.sketching = False
+        self._whitenings: dict[int, tuple[Whitening, Whitening]] = {}
+        self._sketches: dict[int, GradientSketch] = {}
+        self._rows = dict.fromkeys(self._outputs, 0)
+        self._curvature_batches = self._gradient_batches = 0
+        self._observer = CurvatureObserver(pairs, self._consume, lambda _: ())
+        self._observer.gradient_consumer = self._consume_gradients
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._observer.remove()
+
+    # ----------------------------------------------------------------- collecting
+
+    def _consume(self, rows: Tensor, mask: Tensor, indices: tuple[int, ...]) -> None:
+        if not self.sketching:
+            self._inputs.consume(rows, mask, indices)
+
+    def _consume_gradients(self, index: int, rows: Tensor, gradients: Tensor) -> None:
+        if self.sketching:
+            if index in self._sketches:
+                self._sketches[index].add(rows, gradients)
+            return
+        curvature = self._outputs[index]
+        mask = gradients.any(-1)
+        self._rows[index] += int(mask.sum())
+        curvature.accumulate(gradients.to(curvature.device), mask.to(curvature.device))
+
+    def end_of_batch(self) -> None:
+        """After each backward pass, while its gradients are still there."""
+        self._observer.flush()
+        if self.sketching:
+            self._gradient_batches += 1
+            return
+        self._curvature_batches += 1
+        self._inputs.update()
+        for curvature in self._outputs.values():
+            curvature.update(1.0 - 1e-6)  # a mean in which all batches count alike
+
+    def start_sketching(self) -> None:
+        """From the next batch on, sketch gradients whitened by what was collected so far.
+
+        Pairs of which nothing usable was seen are left out from here on.
+        """
+        self.sketching = True
+        projections: dict[tuple[int, int], Tensor] = {}
+        for index, curvature in self._outputs.items():
+            pair = self._pairs[index]
+            damped_x = self._inputs.damped(index, self._damping)
+            damped_s = curvature.damped(self._damping)
+            if damped_x is None or damped_s is None:
+                continue
+            k_x, k_s = damped_x.whitening(), damped_s.whitening()
+            self._whitenings[index] = k_x, k_s
+            like = curvature.trace
+            k, size = sketch_sizes(pair.rank, pair.out_features, pair.in_features)
+            shared = id(damped_x), k
+            if shared not in projections:
+                omega = self._tests.get(pair.in_features, k, like)
+                projections[shared] = k_x.apply_transposed(omega.mT).mT
+            psi = self._tests.get(pair.out_features, size, like, stream=1)
+            output_test = k_s.apply_transposed(psi.mT).mT
+            self._sketches[index] = GradientSketch(projections[shared], output_test)
+
+    # -------------------------------------------------------------------- results
+
+    def whitened(self, index: int) -> WhitenedLayer | None:
+        """What was collected of a pair; None if it got no gradient, or not a finite one."""
+        sketch = self._sketches.get(index)
+        if sketch is None:
+            return None
+        pair = self._pairs[index]
+        k_x, k_s = self._whitenings[index]
+        whitened_range = k_s.apply(sketch.range.mT).mT
+        whitened_corange = k_x.apply(sketch.corange)
+        size = whitened_range.abs().max() * whitened_corange.abs().max()
+        if not bool(torch.isfinite(size) & (size > 0)):
+            return None
+        psi = self._tests.get(pair.out_features, sketch.corange.shape[0], size, stream=1)
+        svd = svd_of_sketches(whitened_range, whitened_corange, psi)
+        energy = torch.maximum(total_energy(whitened_corange), svd.values.square().sum())
+        return WhitenedLayer(svd, energy, k_x, k_s, self._scale(index))
+
+    def _scale(self, index: int) -> float:
+        """See :class:`WhitenedLayer`.
+
+        With a loss that is a mean over ``N`` terms, and with ``d = c g`` where hooks see it,
+        ``S = N^2 E[d d^T] / c^2`` and ``G`` is the mean of ``D / c`` over the batches.
+        """
+        pair = self._pairs[index]
+        curvature_x = self._inputs.of(index)
+        assert curvature_x is not None
+        damped = (1.0 + self._damping) ** 2
+        mean_x = float(curvature_x.trace) / pair.in_features
+        mean_s = float(self._outputs[index].trace) / pair.out_features
+        terms = self._rows[index] / self._curvature_batches
+        seen = _gradient_factor(pair)
+        return seen / (damped * mean_x * mean_s * terms**2 * self._gradient_batches * pair.scaling)
+
+    def bytes_held(self) -> int:
+        """Bytes of all tensors held now, each counted once."""
+        held: list[object] = [*self._inputs.distinct(), *self._outputs.values(), self._tests]
+        held += [*self._whitenings.values(), *self._sketches.values()]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors_in(held)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors_in(vars(value))
+
+
+def _gradient_factor(pair: LoRAPair) -> float:
+    """``c`` in ``d = c g``: hooks on B's own module see ``s`` times the layer's gradient."""
+    module: nn.Module | None = pair.output_module
+    own = module is not None and module._parameters.get("weight") is pair.B
+    return pair.scaling if own else 1.0
