@@ -1,0 +1,50 @@
+"""loralib: its layers hold A and B as parameters of their own."""
+
+from __future__ import annotations
+
+import loralib
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cg_optim import CGLoRAOptimizer
+
+from .small import Windows
+
+
+class NextByte(nn.Module):
+    """Predicts a byte from the four before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = loralib.Embedding(256, 16, r=2)
+        self.mix = loralib.Linear(64, 48, r=4, lora_alpha=8)
+        self.qkv = loralib.MergedLinear(48, 96, r=4, enable_lora=[True, False, True])
+        self.head = nn.Linear(96, 256)
+
+    def forward(self, context: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.mix(self.embed(context).flatten(1)))
+        return self.head(torch.relu(self.qkv(hidden)))
+
+
+def train(steps: int = 40) -> tuple[list[float], CGLoRAOptimizer]:
+    """The losses, and the optimizer for its summary."""
+    torch.manual_seed(0)
+    model = NextByte()
+    loralib.mark_only_lora_as_trainable(model)
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    fives = Windows().bytes.flatten()[:1000].view(-1, 5)
+    losses = []
+    for _ in range(steps):
+        loss = functional.cross_entropy(model(fives[:, :4]), fives[:, 4])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, optimizer
+
+
+if __name__ == "__main__":
+    losses, optimizer = train()
+    print(optimizer.summary())
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

@@ -1,0 +1,46 @@
+"""What the examples train: a tiny language model over bytes, and a text."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..language_model import LanguageModelRecipe, build_model
+
+LENGTH = 32
+RECIPE = LanguageModelRecipe("none", hidden_size=32, layers=2, heads=2, intermediate_size=48)
+
+
+def language_model() -> nn.Module:
+    """A Llama of 33,000 parameters with random weights."""
+    return build_model(RECIPE)
+
+
+def lora_config() -> peft.LoraConfig:
+    """LoRA on every linear layer but the head."""
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def language_model_with_lora() -> nn.Module:
+    """The same model with adapters."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(language_model(), lora_config())
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Windows of bytes of a module of the standard library, as causal language modelling."""
+
+    def __init__(self, count: int = 64) -> None:
+        text = inspect.getsource(argparse).encode()[: count * LENGTH]
+        self.bytes = torch.tensor(list(text)).view(count, LENGTH)
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.bytes[index], "labels": self.bytes[index]}

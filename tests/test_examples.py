@@ -1,0 +1,315 @@
+"""Every example runs, learns, and resumes where it says it does."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cg_optim import CGLoRAOptimizer
+from cg_optim.errors import OptimizerTypeError, ParameterError
+from cg_optim.recorder import read_run
+from tests.models import assert_equal, parameters_of
+
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+from benchmarks.examples import (
+    accelerate_loop,
+    loralib_layers,
+    own_layer,
+    raw_loop,
+    trainer,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "benchmarks" / "examples"
+
+
+def healthy(optimizer: CGLoRAOptimizer) -> bool:
+    """Every observed pair was seen and stepped every time, and no number went wrong."""
+    layers = optimizer.layer_diagnostics()
+    return (
+        bool(layers)
+        and all(layer.seen and layer.missed_steps == 0 for layer in layers)
+        and not any(optimizer.diagnostics().values())
+    )
+
+
+@pytest.fixture(autouse=True)
+def forgetful_accelerate() -> Iterator[None]:
+    """Accelerate, and Trainer through it, keep precision and accumulation for the process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    before = dict(os.environ)
+    forget()
+    yield
+    forget()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", sorted({p.stem for p in EXAMPLES.glob("*.py")} - {"__init__", "small"})
+)
+def test_each_runs_as_a_program(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"trl_sft": "trl", "lightning_module": "lightning", "loralib_layers": "loralib"}
+    pytest.importorskip(needed.get(name, "torch"))
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.delitem(sys.modules, f"benchmarks.examples.{name}", raising=False)
+    runpy.run_module(f"benchmarks.examples.{name}", run_name="__main__")
+    assert "loss" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------- loops of one's own
+
+
+def test_raw_loop_learns_and_resumes(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    losses = raw_loop.train(whole, steps=12)
+    assert losses[-1] < losses[0] - 0.05
+    assert raw_loop.train(parts, steps=7) + raw_loop.train(parts, steps=5) == losses
+    run = read_run(parts / "run.jsonl")
+    assert [record["step"] for record in run] == [0, 5, 10]
+    assert [record["loss"] for record in run] == [losses[0], losses[5], losses[10]]
+
+
+@pytest.mark.parametrize("example", [own_layer, loralib_layers], ids=lambda m: m.__name__)
+def test_layers_of_other_make_learn(example: Any) -> None:
+    losses, optimizer = example.train()
+    assert losses[-1] < losses[0] - 1
+    assert healthy(optimizer)
+
+
+def test_own_layers_are_pairs_and_loralib_says_what_is_not() -> None:
+    own = own_layer.train(steps=1)[1].summary()
+    assert "left to AdamW: 0 tensors" in own
+    assert own.count("hooks, dense") == 2
+    summary = loralib_layers.train(steps=1)[1].summary()
+    assert summary.count("hooks, dense") == 1
+    for left, reason in (("embed.lora_A", "embedding"), ("qkv.lora_B", "fused projections")):
+        (line,) = [line for line in summary.splitlines() if line.lstrip().startswith(left)]
+        assert reason in line
+
+
+# ------------------------------------------------------------------ Hugging Face Trainer
+
+
+class Until(trainer.transformers.TrainerCallback):
+    """Kills the process in the middle of a step, as a scheduler would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_after(folder: Path, step: int) -> None:
+    code = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[3]));"
+        "from pathlib import Path; from benchmarks.examples import trainer;"
+        "from tests.test_examples import Until;"
+        "built = trainer.trainer(Path(sys.argv[1]));"
+        "built.add_callback(Until(int(sys.argv[2]))); built.train()"
+    )
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder), str(step), threads]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    built = trainer.trainer(tmp_path_factory.mktemp("whole"))
+    built.train()
+    return built
+
+
+def test_trainer_logs_what_the_optimizer_does(uninterrupted: Any) -> None:
+    assert healthy(uninterrupted.optimizer.optimizer)
+    history = uninterrupted.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    looks = [entry for entry in history if "cg/predicted_decrease" in entry]
+    assert [entry["step"] for entry in looks] == [4, 8, 12]
+    assert all(entry["cg/predicted_decrease"] > 0 for entry in looks)
+    assert all(entry["cg/unseen_pairs"] == entry["cg/events"] == 0 for entry in looks)
+    run = read_run(Path(uninterrupted.args.output_dir) / "run.jsonl")
+    assert [record["step"] for record in run] == [3, 7, 11]
+    assert [record["loss"] for record in run] == losses
+
+
+@pytest.mark.parametrize("form", ["class", "instance"])
+def test_all_forms_of_handing_it_over_train_alike(
+    tmp_path: Path, uninterrupted: Any, form: str
+) -> None:
+    built = trainer.trainer(tmp_path, form, save_strategy="no")
+    built.train()
+    assert_equal(parameters_of(built.model), parameters_of(uninterrupted.model))
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_resumes_bitwise(tmp_path: Path, uninterrupted: Any) -> None:
+    killed_after(tmp_path, step=6)
+    again = trainer.trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert_equal(parameters_of(again.model), parameters_of(uninterrupted.model))
+    assert [record["step"] for record in read_run(tmp_path / "run.jsonl")] == [3, 7, 11]
+
+
+def test_the_factory_takes_its_settings_from_the_arguments(tmp_path: Path) -> None:
+    from cg_optim.integrations.transformers import trainer_optimizer
+
+    given = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.2}
+    args = trainer.arguments(tmp_path, learning_rate=3e-3, **given)
+    expected = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.2}
+    model = trainer.language_model_with_lora()
+    for form in (trainer_optimizer(args, damping=2.0), trainer_optimizer(args, model, damping=2.0)):
+        built = trainer.transformers.Trainer(model, args, optimizer_cls_and_kwargs=form)
+        group = built.create_optimizer().param_groups[0]
+        assert {name: group[name] for name in expected} == expected
+        assert group["damping"] == 2.0
+        built.optimizer.remove_hooks()
+    form = trainer_optimizer(args, lr=1e-4)
+    built = trainer.transformers.Trainer(model, args, optimizer_cls_and_kwargs=form)
+    assert built.create_optimizer().param_groups[0]["lr"] == 1e-4
+
+
+def test_the_class_alone_does_not_see_the_learning_rate_of_the_arguments(tmp_path: Path) -> None:
+    """Why the factory exists; if this fails, transformers has changed and it can go."""
+    model = trainer.language_model_with_lora()
+    args = trainer.arguments(tmp_path, learning_rate=3e-3)
+    form = (CGLoRAOptimizer, {"model": model})
+    built = trainer.transformers.Trainer(model, args, optimizer_cls_and_kwargs=form)
+    assert built.create_optimizer().param_groups[0]["lr"] == CGLoRAOptimizer(model).defaults["lr"]
+
+
+def test_a_trainer_that_passes_no_model_is_told_how_to(tmp_path: Path) -> None:
+    from cg_optim.integrations.transformers import trainer_optimizer
+
+    optimizer_class, settings = trainer_optimizer(trainer.arguments(tmp_path))
+    with pytest.raises(ParameterError, match="model=model"):  # what transformers 4 does
+        optimizer_class([{"params": []}], **settings)
+
+
+def test_the_callback_refuses_another_optimizer(tmp_path: Path) -> None:
+    built = trainer.trainer(tmp_path, save_strategy="no", max_steps=1)
+    built.optimizer = torch.optim.AdamW(built.model.parameters())
+    with pytest.raises(OptimizerTypeError, match="AdamW"):
+        built.train()
+
+
+# ---------------------------------------------------------------------------------- TRL
+
+
+def test_sft_trainer_adds_the_adapter_itself(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from benchmarks.examples import trl_sft
+
+    built = trl_sft.trainer(tmp_path)
+    built.train()
+    optimizer = built.optimizer.optimizer
+    assert isinstance(optimizer, CGLoRAOptimizer)
+    assert len(optimizer.layer_diagnostics()) == 14
+    assert healthy(optimizer)
+    history = built.state.log_history
+    losses = [entry for entry in history if "loss" in entry]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    # TRL empties its own metrics whenever something is logged: ours must come after.
+    assert all("mean_token_accuracy" in entry for entry in losses)
+    assert losses[0]["learning_rate"] == pytest.approx(1e-2 * 9 / 10)
+    assert sum("cg/relative_step" in entry for entry in history) == len(losses) == 5
+
+
+# --------------------------------------------------------------------------- Accelerate
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_accelerate_saves_and_loads_its_state(tmp_path: Path, precision: str) -> None:
+    losses = accelerate_loop.train(tmp_path / "whole", 2, precision)
+    assert losses[-1] < losses[0] - 0.05
+    first = accelerate_loop.train(tmp_path / "parts", 1, precision)
+    second = accelerate_loop.train(tmp_path / "parts", 1, precision, resume=True)
+    assert first + second == losses
+
+
+# ---------------------------------------------------------------------------- Lightning
+
+
+def scaled_half_precision() -> Any:
+    """16-mixed as on a GPU: Lightning itself turns it into bf16-mixed on a CPU."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_lightning_trains_and_resumes(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("lightning")
+    from benchmarks.examples import lightning_module
+
+    def train(folder: Path, steps: int, **more: Any) -> nn.Module:
+        folder.mkdir(exist_ok=True)
+        if precision == "16-mixed":
+            more |= {"precision": None, "plugins": [scaled_half_precision()]}
+        return lightning_module.train(folder, steps, **more)
+
+    whole = train(tmp_path / "whole", 8)
+    assert whole.losses[-1] < whole.losses[0] - 0.05
+    optimizer = whole.trainer.optimizers[0]
+    assert not any(optimizer.diagnostics().values())
+    assert all(layer.seen for layer in optimizer.layer_diagnostics())
+    again = train(tmp_path / "whole", 8, resume=True)
+    assert again.losses == whole.losses[8:]
+    assert_equal(parameters_of(again), parameters_of(whole))
+    run = read_run(tmp_path / "whole" / "run.jsonl")
+    assert [record["step"] for record in run] == [1, 3, 5, 7]
+    assert run[0]["loss"] == pytest.approx(whole.losses[3])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_sends_diagnostics_to_its_loggers(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    from lightning.pytorch.loggers import Logger
+
+    from benchmarks.examples import lightning_module
+
+    class Tracker(Logger):
+        name, version = "tracker", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.logged: dict[int, dict[str, float]] = {}
+
+        def log_hyperparams(self, *_: Any) -> None:
+            pass
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.logged[step] = metrics
+
+    tracker = Tracker()
+    lightning_module.train(tmp_path, 4, logger=[tracker])
+    assert sorted(tracker.logged) == [1, 3]
+    assert tracker.logged[3]["cg/predicted_decrease"] > 0
+    assert tracker.logged[3]["cg/unseen_pairs"] == 0
