@@ -58,7 +58,7 @@ class CurvatureStore:
         return self._curvature_of.get(pair_index)
 
     def damped(self, pair_index: int, damping: float) -> DampedInput | None:
-        """The damped curvature of a pair, None before anything was seen."""
+        """The damped curvature of a pair, None if it has none."""
         curvature = self._curvature_of.get(pair_index)
         return None if curvature is None else curvature.damped(damping)
 
@@ -95,10 +95,18 @@ class CurvatureStore:
             copied = curvature.clone()
             self._curvature_of.update(dict.fromkeys(inside, copied))
 
-    def update(self) -> int:
-        """Fold in what was collected since the last call; how many sums were unusable."""
-        failures = sum(not curvature.update(DECAY) for curvature in self.distinct())
-        return failures
+    def update(self) -> dict[int, Tensor]:
+        """Fold in what was collected since the last call.
+
+        Returns:
+            For each distinct input that anything was collected of, by the first pair that
+            has it: a boolean ``()`` tensor, True if the sums were unusable.
+        """
+        first: dict[int, int] = {}
+        for index, curvature in sorted(self._curvature_of.items()):
+            if curvature.touched:
+                first.setdefault(id(curvature), index)
+        return {index: ~self._curvature_of[index].update(DECAY) for index in first.values()}
 
     def discard(self) -> None:
         """Drop what was collected since the last update."""
@@ -145,6 +153,11 @@ class CurvatureStore:
             else:
                 self._curvature_of[index] = self._new(index)
                 self._curvature_of[index].load_state(plain)
+
+    def has_seen(self, pair_index: int) -> bool:
+        """Whether any input went into the curvature of a pair; waits for its device."""
+        curvature = self._curvature_of.get(pair_index)
+        return curvature is not None and bool(curvature.updates > 0)
 
     def describe(self, pair_index: int) -> str:
         """How the curvature of a pair is held, for people."""

@@ -89,7 +89,7 @@ def look_at(
     if curvature is not None and updates:
         numbers["mean_curvature"] = float(curvature.trace) / curvature.features
         numbers["effective_rank"] = effective_rank(_spectrum(curvature))
-    if work.damped is not None:
+    if work.damped is not None and updates:
         numbers["input_condition"] = _condition(work.damped)
     down = work.a.value.to(work.a.state.exp_avg.dtype)
     whitening = hidden_whitening(down, work.damped, work.damping).matrix

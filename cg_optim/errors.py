@@ -8,6 +8,9 @@ this package decided to refuse; each also derives from the builtin that
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class CGOptimError(Exception):
     """Base class of all errors raised by :mod:`cg_optim`."""
@@ -49,6 +52,10 @@ class RunFileError(CGOptimError, ValueError):
     """A recorded run cannot be read or drawn."""
 
 
+class NumericalError(CGOptimError, RuntimeError):
+    """A numerical failure under ``strict=True``; without it the failure is absorbed."""
+
+
 class CGOptimWarning(UserWarning):
     """Base class of all warnings issued by :mod:`cg_optim`."""
 
@@ -63,3 +70,19 @@ class UnobservedPairWarning(CGOptimWarning):
 
 class NumericalWarning(CGOptimWarning):
     """A numerical failure was absorbed; see ``optimizer.diagnostics()`` for counts."""
+
+
+def warn(message: str, category: type[CGOptimWarning]) -> None:
+    """Warn at the line of the user's that led here, however many wrappers are in between.
+
+    ``step`` is wrapped by torch (no_grad, profiler, schedulers), so a fixed
+    ``stacklevel`` would point into one of them.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours_or_torch(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours_or_torch(module: str) -> bool:
+    return module.partition(".")[0] in ("cg_optim", "torch", "contextlib")

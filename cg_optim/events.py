@@ -6,23 +6,31 @@ on its way to the host, looked at in a later step once it has arrived.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from cg_optim.errors import NumericalWarning
+from cg_optim import host
+from cg_optim.errors import NumericalError, NumericalWarning, warn
 
 PAIR_SKIPPED = "pair skipped"
 PARAMETER_SKIPPED = "parameter skipped"
 CURVATURE_DROPPED = "curvature update dropped"
+FACTORISATION_REPAIRED = "factorisation repaired"
 
 #: What each kind of event means, for the warning.
 MEANING = {
-    PAIR_SKIPPED: "the gradients of a LoRA pair were not finite; the pair was left as it was",
-    PARAMETER_SKIPPED: "the gradient of a parameter was not finite; it was left as it was",
+    PAIR_SKIPPED: "the gradients or the step of a LoRA pair were not finite; it was left as it was",
+    PARAMETER_SKIPPED: (
+        "the gradient or the step of a parameter was not finite; it was left as it was"
+    ),
     CURVATURE_DROPPED: "the inputs of a layer were not finite; its curvature was left as it was",
+    FACTORISATION_REPAIRED: (
+        "a curvature matrix could not be factorised with its damping alone; more was added, or "
+        "the pair was stepped without it"
+    ),
 }
 
 
@@ -32,24 +40,60 @@ PINNING_DEVICES = ("cuda", "xpu")
 
 
 class EventCounter:
-    """Numerical events of one optimizer."""
+    """Numerical events of one optimizer.
 
-    def __init__(self) -> None:
+    Args:
+        strict: Whether :meth:`raise_if_strict` raises what was added before; every event
+            is then looked at, which waits for the devices.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
+        self._happened: list[str] = []
         self._counted: Counter[str] = Counter(dict.fromkeys(MEANING, 0))
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         self._arriving: dict[str, tuple[Tensor, torch.Event]] = {}
         self._warned: set[str] = set()
 
-    def add(self, kind: str, count: int | Tensor) -> None:
-        """Count events of a kind; a 0-dimensional tensor may live on any device."""
-        if isinstance(count, Tensor) and count.device.type != "cpu":
-            key = (kind, count.device)
-            self._on_device[key] = self._on_device.get(key, 0) + count
-            self._watch(kind, self._on_device[key])
-            return
-        self._counted[kind] += int(count)
-        if count:
-            self._warn(kind)
+    def add(
+        self,
+        kind: str,
+        flags: Iterable[Tensor],
+        names: Callable[[], Sequence[str]] | None = None,
+    ) -> None:
+        """Count the True among boolean tensors of any shape and on any devices.
+
+        Args:
+            kind: One of the keys of :data:`MEANING`.
+            flags: What to count.
+            names: What each flag, one after the other, is about; asked only if strict.
+        """
+        by_device: dict[torch.device, list[Tensor]] = {}
+        flags = [flag.reshape(-1) for flag in flags]
+        for flag in flags:
+            by_device.setdefault(flag.device, []).append(flag)
+        if self._strict:
+            self._note(kind, [bad for flag in flags for bad in flag.tolist()], names)
+        for device, each in by_device.items():
+            count = torch.cat(each).sum()
+            if host.at_hand(count):
+                self._counted[kind] += int(count)
+                if self._counted[kind]:
+                    self._warn(kind)
+            else:
+                key = (kind, device)
+                self._on_device[key] = self._on_device.get(key, 0) + count
+                self._watch(kind, self._on_device[key])
+
+    def raise_if_strict(self) -> None:
+        """End of a step.
+
+        Raises:
+            NumericalError: If strict and anything happened since the last call.
+        """
+        if self._happened:
+            happened, self._happened = self._happened, []
+            raise NumericalError("; ".join(happened))
 
     def counts(self) -> dict[str, int]:
         """All counts so far, by kind; waits for the devices."""
@@ -59,6 +103,14 @@ class EventCounter:
             if total[kind]:
                 self._warn(kind)
         return {kind: total[kind] for kind in MEANING}
+
+    def _note(
+        self, kind: str, flags: list[bool], names: Callable[[], Sequence[str]] | None
+    ) -> None:
+        if any(flags):
+            where = [name for name, bad in zip(names(), flags, strict=True) if bad] if names else []
+            whose = f" ({', '.join(where)})" if where else ""
+            self._happened.append(f"{kind}{whose}: {MEANING[kind]}")
 
     def _watch(self, kind: str, total: Tensor) -> None:
         if kind in self._warned or total.device.type not in PINNING_DEVICES:
@@ -76,10 +128,10 @@ class EventCounter:
         self._arriving[kind] = (copied, done)
 
     def _warn(self, kind: str) -> None:
-        if kind not in self._warned:
+        # A strict optimizer says it with an error.
+        if kind not in self._warned and not self._strict:
             self._warned.add(kind)
-            warnings.warn(
+            warn(
                 f"{MEANING[kind]} (warned once; optimizer.diagnostics() counts these events)",
                 NumericalWarning,
-                stacklevel=5,
             )

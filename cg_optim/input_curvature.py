@@ -43,8 +43,10 @@ class InputCurvature:
         self.features = features
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        #: Number of updates so far; a CPU tensor, so reading it never waits for a GPU.
-        self.updates = torch.zeros((), dtype=torch.int64)
+        #: Number of updates so far.
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.device)
+        #: Whether rows were handed over since the last update, known without looking.
+        self.touched = False
         self.trace = self._zeros()
         self._rows = self._zeros()
         self._square_sum = self._zeros()
@@ -60,24 +62,38 @@ class InputCurvature:
         self._rows += mask.sum()
         self._square_sum += torch.linalg.vector_norm(x).square()
         self._accumulate(x)
+        self.touched = True
 
-    def update(self, decay: float) -> bool:
-        """Fold this step's sums into the running mean; False if they were unusable.
+    def update(self, decay: float) -> Tensor:
+        """Fold this step's sums into the running mean.
 
         The mean is bias-corrected: the ``t``-th update weighs the new rows
-        ``(1 - decay) / (1 - decay^t)``.
+        ``(1 - decay) / (1 - decay^t)``.  Nothing changes if there were no rows or if
+        something was not finite.
+
+        Returns:
+            A boolean ``()`` tensor, False if something was not finite.
         """
-        empty = not bool(self._rows > 0)
-        usable = bool(torch.isfinite(self._square_sum))
-        if usable and not empty:
-            new = (1.0 - decay) / (1.0 - decay ** (int(self.updates) + 1))
+        usable = torch.isfinite(self._square_sum)
+        if self.touched:
+            some = usable & (self._rows > 0)
+            # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
+            rows = torch.where(some, self._rows, 1.0)
+            weight = (1.0 - decay) / (1.0 - decay ** (self.updates + 1).double())
             try:
-                self._update(new)
+                new = self._updated(weight.to(self.dtype), rows, some)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                usable = False  # nothing was changed: the last estimate goes on
+                usable = torch.zeros_like(usable)  # the last estimate goes on
             else:
-                self.trace.mul_(1.0 - new).add_(self._square_sum / self._rows, alpha=new)
-                self.updates += 1
+                mean = torch.where(some, self._square_sum, 0.0) / rows
+                new["trace"] = torch.lerp(self.trace, mean, weight.to(self.dtype))
+                for value in new.values():
+                    usable = usable & torch.isfinite(value.abs().amax())
+                keep = some & usable
+                new["updates"] = self.updates + 1
+                for name, mine in self.state().items():
+                    # In place: the saved state refers to these very tensors.
+                    mine.copy_(torch.where(keep, new[name], mine))
                 self._damped.clear()
         self.discard()
         return usable
@@ -87,11 +103,10 @@ class InputCurvature:
         self._rows.zero_()
         self._square_sum.zero_()
         self._discard()
+        self.touched = False
 
-    def damped(self, damping: float) -> DampedInput | None:
-        """The estimate with relative damping; None before the first update."""
-        if int(self.updates) == 0:
-            return None
+    def damped(self, damping: float) -> DampedInput:
+        """The estimate with relative damping; the identity before the first update."""
         if damping not in self._damped:
             self._damped[damping] = self._compute_damped(self.trace / self.features, damping)
         return self._damped[damping]
@@ -116,7 +131,8 @@ class InputCurvature:
     def _accumulate(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _update(self, new: float) -> None:
+    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
+        """New values of ``state_names``; the sums count only where ``some`` is True."""
         raise NotImplementedError
 
     def _discard(self) -> None:
@@ -139,8 +155,9 @@ class DenseCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._gram_sum.addmm_(x.mT, x)
 
-    def _update(self, new: float) -> None:
-        self.gram.mul_(1.0 - new).add_(self._gram_sum / self._rows, alpha=new)
+    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
+        mean = torch.where(some, self._gram_sum, 0.0) / rows
+        return {"gram": torch.lerp(self.gram, mean, weight)}
 
     def _discard(self) -> None:
         self._gram_sum.zero_()
@@ -170,12 +187,11 @@ class LowRankCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sketch.addmm_(x.mT, x @ self.basis)
 
-    def _update(self, new: float) -> None:
-        sketch = (1.0 - new) * self.basis * self.eigenvalues + new * self._sketch / self._rows
+    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
+        mean = torch.where(some, self._sketch, 0.0) / rows
+        sketch = torch.lerp(self.basis * self.eigenvalues, mean, weight)
         basis, eigenvalues = nystrom_eigenpairs(self.basis, sketch)
-        # In place: the saved state refers to these very tensors.
-        self.basis.copy_(basis)
-        self.eigenvalues.copy_(eigenvalues)
+        return {"basis": basis, "eigenvalues": eigenvalues}
 
     def _discard(self) -> None:
         self._sketch.zero_()

@@ -4,20 +4,30 @@ Shapes: every function takes ``(..., d, d)`` stacks.  A failed factorisation nev
 raises; it climbs the ladder below on the failed matrices only and reports how far::
 
     finite? -> rescale, symmetrise -> cholesky_ex -> float64 -> float64 with jitter x10
-               (a few times) -> clamped eigenvalues -> reported as failed
+               (a few times) -> clamped eigenvalues -> shift by the norm
+    not finite, or a trace that is not positive -> reported as failed
 
 Precision is raised before jitter: float64 answers the question that was asked, jitter
-another one.  The caller keeps its stale factor for matrices reported as
-:attr:`Rung.FAILED`.
+another one.
+
+Nobody waits for an accelerator: there all rungs but the eigenvalues are computed for all
+matrices and the first that held is selected.  ``eigh`` reads its own error code on the
+host, so an indefinite matrix, which no Gram matrix is, is shifted there.  Four small
+factorisations instead of one are cheaper than one wait.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cg_optim import host
 
 #: Jitter is raised by 10 this often before the eigenvalues are clamped instead: more of
 #: it would drown a matrix that has a few bad directions only.
@@ -31,7 +41,8 @@ class Rung(IntEnum):
     FLOAT64 = 1
     JITTER = 2
     EIGENVALUES = 3
-    FAILED = 4
+    SHIFT = 4
+    FAILED = 5
 
 
 class CholeskyResult(NamedTuple):
@@ -65,6 +76,23 @@ def add_to_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
     addend = value.unsqueeze(-1) if isinstance(value, Tensor) else value
     damped.diagonal(dim1=-2, dim2=-1).add_(addend)
     return damped
+
+
+_recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded rungs", default=None)
+
+
+@contextmanager
+def recorded_rungs() -> Iterator[list[Tensor]]:
+    """Collect the rungs of every :func:`damped_cholesky` inside the block.
+
+    So that whoever counts failures need not be known to whoever asks for a factor.
+    """
+    rungs: list[Tensor] = []
+    token = _recorded.set(rungs)
+    try:
+        yield rungs
+    finally:
+        _recorded.reset(token)
 
 
 def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0) -> CholeskyResult:
@@ -104,16 +132,22 @@ def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0)
     factor, info = torch.linalg.cholesky_ex(add_to_diagonal(normalised, damping))
     rung = torch.where(usable, int(Rung.CLEAN), int(Rung.FAILED))
     failed = (info != 0) & usable
-    if bool(failed.any()):
+    if not host.at_hand(failed):
+        attempt, needed = _climb(normalised.double(), damping, matrix.dtype)
+        factor = torch.where(failed[..., None, None], attempt.to(factor.dtype), factor)
+        rung = torch.where(failed, needed, rung)
+    elif bool(failed.any()):
         factor, rung = factor.clone(), rung.clone()
         attempt, needed = _climb(normalised[failed].double(), damping, matrix.dtype)
         factor[failed], rung[failed] = attempt.to(factor.dtype), needed
     factor = factor * (mean.sqrt() * largest.sqrt())[..., None, None]
+    if (rungs := _recorded.get()) is not None:
+        rungs.append(rung)
     return CholeskyResult(torch.where((rung == Rung.FAILED)[..., None, None], eye, factor), rung)
 
 
 def _climb(matrix: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Everything past the first rung, for float64 matrices ``(count, d, d)`` of unit scale.
+    """Everything past the first rung, for float64 matrices ``(..., d, d)`` of unit scale.
 
     Args:
         matrix: The matrices, not damped.
@@ -130,16 +164,30 @@ def _climb(matrix: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, 
         factor = torch.where(solved[..., None, None], attempt, factor)
         rung = torch.where(solved, int(Rung.JITTER), rung)
         failed = failed & ~solved
-    if bool(failed.any()):
-        rung[failed] = int(Rung.EIGENVALUES)
-        try:
-            eigenvalues, vectors = torch.linalg.eigh(matrix[failed])
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            rung[failed] = int(Rung.FAILED)
-        else:
-            # M = R^T R with R from a QR factorisation: unlike Cholesky it cannot fail.
-            root = (vectors * (eigenvalues.clamp_min(0) + least).sqrt().unsqueeze(-2)).mT
-            upper = torch.linalg.qr(root).R
-            signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-            factor[failed] = (upper * signs.to(upper).unsqueeze(-1)).mT
-    return factor, rung
+    if host.at_hand(failed):
+        if bool(failed.any()):
+            factor[failed], rung[failed] = _clamped_or_shifted(matrix[failed], least)
+        return factor, rung
+    shifted = _shifted(matrix, least)
+    factor = torch.where(failed[..., None, None], shifted, factor)
+    return factor, torch.where(failed, int(Rung.SHIFT), rung)
+
+
+def _clamped_or_shifted(matrix: Tensor, least: float) -> tuple[Tensor, int]:
+    """Factors of matrices whose negative eigenvalues count as zero, plus ``least``."""
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return _shifted(matrix, least), int(Rung.SHIFT)
+    # M = R^T R with R from a QR factorisation: unlike Cholesky it cannot fail.
+    root = (vectors * (eigenvalues.clamp_min(0) + least).sqrt().unsqueeze(-2)).mT
+    upper = torch.linalg.qr(root).R
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return (upper * signs.to(upper).unsqueeze(-1)).mT, int(Rung.EIGENVALUES)
+
+
+def _shifted(matrix: Tensor, least: float) -> Tensor:
+    """Factors after adding the Frobenius norm, which no negative eigenvalue exceeds."""
+    bound = torch.linalg.matrix_norm(matrix) * (1 + 1e-6) + least
+    factor: Tensor = torch.linalg.cholesky_ex(add_to_diagonal(matrix, bound))[0]
+    return factor

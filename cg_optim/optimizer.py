@@ -11,7 +11,6 @@ The way of one training step::
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -23,8 +22,9 @@ from cg_optim import arguments, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore
 from cg_optim.diagnostics import LayerDiagnostics, look_at
 from cg_optim.discovery import Discovery
-from cg_optim.errors import NoPairsWarning, UnobservedPairWarning
+from cg_optim.errors import NoPairsWarning, UnobservedPairWarning, warn
 from cg_optim.factor_state import as_factor_state, new_factor_state
+from cg_optim.linalg import Rung, recorded_rungs
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair
 from cg_optim.plain_step import step_plain
@@ -71,6 +71,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         curvature: ``"auto"`` keeps the leading directions of large inputs and the whole
             matrix of small ones; ``"dense"`` always the whole matrix; an integer that
             many directions; ``None`` no curvature at all, which is AdamW for everything.
+        strict: Raise at the end of a step in which a numerical failure was absorbed, and
+            say where.  For debugging: every step then waits for the accelerator.
 
     Raises:
         HyperparameterError: If a number is out of range.
@@ -92,6 +94,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         weight_decay: float = 1e-2,
         damping: float = 0.3,
         curvature: str | int | None = "auto",
+        strict: bool = False,
     ) -> None:
         arguments.check_curvature(curvature)
         defaults = arguments.plain_numbers(
@@ -117,7 +120,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         self._representation = curvature
         self._left_out = {}
         self._pairs = []
-        self._events = events.EventCounter()
+        self._strict = bool(strict)
+        self._events = events.EventCounter(self._strict)
         self._observer = None
         self._store = CurvatureStore(self._pairs, curvature or "auto")
         self._warned_unobserved = False
@@ -129,18 +133,16 @@ class CGLoRAOptimizer(ResumableOptimizer):
         self._constructed = True
         self._adopt(found)
         if model is None and not declared and curvature is not None:
-            warnings.warn(
+            warn(
                 "parameters were given without a model, so no LoRA pair is known and every "
                 "parameter gets AdamW; pass the model itself, or model=model",
                 NoPairsWarning,
-                stacklevel=2,
             )
         elif not self._pairs and curvature is not None:
-            warnings.warn(
+            warn(
                 "no LoRA pair was found among the trainable parameters, so every parameter gets "
                 "AdamW; declare pairs by hand with pairs=[LoRAPair(...)] if there are any",
                 NoPairsWarning,
-                stacklevel=2,
             )
 
     # ------------------------------------------------------- parameters and pairs
@@ -203,6 +205,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
         Raises:
             GradientError: If a gradient is sparse or complex; nothing was changed then.
+            NumericalError: If ``strict`` and something was not finite; what was affected is
+                left as it was, everything else has been stepped.
         """
         loss = None
         if closure is not None:
@@ -210,36 +214,54 @@ class CGLoRAOptimizer(ResumableOptimizer):
                 loss = closure()
         arguments.check_gradients(self._parameters())
         self._fold_in_curvature()
+        self._step_pairs()
+        self._step_others()
+        self._count_step()
+        self._events.raise_if_strict()
+        return loss
+
+    def _step_pairs(self) -> None:
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        work = [
-            self._pair_work(index, pair, group_of, self._states_of(index, pair))
+        moving = [
+            (index, pair)
             for index, pair in enumerate(self._pairs)
             if pair.A.grad is not None or pair.B.grad is not None
         ]
-        for skipped in step_pairs(work):
-            self._events.add(events.PAIR_SKIPPED, skipped.sum())
-        self._step_others()
-        self._count_step()
-        return loss
+        with recorded_rungs() as rungs:
+            work = [
+                self._pair_work(index, pair, group_of, self._states_of(index, pair))
+                for index, pair in moving
+            ]
+            stacks = step_pairs(work)
+        self._events.add(
+            events.PAIR_SKIPPED,
+            [stack.mask for stack in stacks],
+            lambda: [moving[i][1].name for stack in stacks for i in stack.positions],
+        )
+        self._events.add(events.FACTORISATION_REPAIRED, [rung >= Rung.JITTER for rung in rungs])
 
     def _fold_in_curvature(self) -> None:
         if self._observer is None or not self._observer.active or not self._observer.collecting:
             return
         self._warn_if_bypassed(self._observer.flush())
-        self._events.add(events.CURVATURE_DROPPED, self._store.update())
+        dropped = self._store.update()
+        self._events.add(
+            events.CURVATURE_DROPPED,
+            dropped.values(),
+            lambda: [f"input of {self._pairs[index].name}" for index in dropped],
+        )
         self._link_curvature()
 
     def _warn_if_bypassed(self, bypassed: set[int]) -> None:
         if bypassed and not self._warned_unobserved:
             self._warned_unobserved = True
-            warnings.warn(
+            warn(
                 f"{len(bypassed)} LoRA pair(s) get gradients but their hooks see nothing, e.g. "
                 f"{self._pairs[min(bypassed)].name!r}: a fused kernel bypasses the module, its "
                 "input is overwritten in place, or a model of this class was compiled before the "
                 "optimizer was built (call torch._dynamo.reset() after building it); they are "
                 "stepped without input curvature",
                 UnobservedPairWarning,
-                stacklevel=4,
             )
 
     def _pair_work(
@@ -292,10 +314,18 @@ class CGLoRAOptimizer(ResumableOptimizer):
     def _step_others(self) -> None:
         """torch.optim's own AdamW for everything that is in no pair."""
         paired = {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
+        others: list[Tensor] = []
+        skipped: list[Tensor] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and id(p) not in paired]
-            for skipped in step_plain(params, [self.state[p] for p in params], group):
-                self._events.add(events.PARAMETER_SKIPPED, skipped)
+            skipped += step_plain(params, [self.state[p] for p in params], group)
+            others += params
+        self._events.add(events.PARAMETER_SKIPPED, skipped, lambda: self._names_of(others))
+
+    def _names_of(self, parameters: Iterable[Tensor]) -> list[str]:
+        named = self._model.named_parameters() if self._model is not None else ()
+        names = {id(p): name for name, p in named}
+        return [names.get(id(p), f"one of shape {tuple(p.shape)}") for p in parameters]
 
     def _count_step(self) -> None:
         taken = self._steps_taken() + 1
@@ -307,15 +337,21 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
     def summary(self) -> str:
         """A table of the pairs (how each is observed) and of what is left to AdamW and why."""
-        held = [self._store.describe(index) for index in range(len(self._pairs))]
+        watched = self._observer is not None and self._observer.active
+        held = []
+        for index in range(len(self._pairs)):
+            source = "hooks" if watched else "hooks removed"
+            seen = "" if self._store.has_seen(index) else " (nothing seen yet)"
+            held.append(f"{source}, {self._store.describe(index)}{seen}")
         return render_summary(self._pairs, self.param_groups, self._left_out, self._model, held)
 
     def diagnostics(self) -> dict[str, int]:
         """Counts of numerical events so far; everything zero in a healthy run.
 
         Keys: ``"pair skipped"`` and ``"parameter skipped"`` (gradients that were not
-        finite), ``"curvature update dropped"`` (inputs that were not finite, or a
-        factorisation that failed).  Waits for the GPU.
+        finite, or a step that would not have been), ``"curvature update dropped"`` (inputs
+        that were not finite), ``"factorisation repaired"`` (a matrix that its damping did
+        not make positive definite).  Waits for the GPU.
         """
         return self._events.counts()
 

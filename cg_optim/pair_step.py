@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class FactorWork:
         value: View of the parameter, ``(rows, d)``.
         grad: Its gradient, or None if it takes no part in this step.
         state: ``step``, ``exp_avg`` and ``exp_avg_sq`` as views of the saved tensors.
-        lr: Learning rate, a number or a 0-dimensional tensor.
+        lr: Learning rate, a number or a one-element tensor.
         weight_decay: Decoupled weight decay, times ``lr``.
         settings: Adam's constants.
     """
@@ -59,49 +59,84 @@ class PairWork:
     def stacking_key(self) -> tuple[Any, ...]:
         """Pairs with equal keys can be stacked."""
         shapes = tuple(tuple(tensor.shape) for tensor in self.damped or ())
-        factors = tuple(
-            (f.value.shape, f.value.device, f.state.exp_avg.dtype, f.grad is None, f.settings)
-            for f in (self.a, self.b)
-        )
-        return (*factors, type(self.damped), shapes, self.damping)
+        return (*map(_factor_key, (self.a, self.b)), type(self.damped), shapes, self.damping)
 
 
-def step_pairs(work: Iterable[PairWork]) -> list[Tensor]:
-    """Update parameters and state of all pairs in place.
+def _factor_key(factor: FactorWork) -> tuple[Any, ...]:
+    value, lr = factor.value, factor.lr
+    return (
+        value.shape,
+        value.dtype,
+        value.device,
+        factor.state.exp_avg.dtype,
+        factor.grad is None,
+        factor.settings,
+        factor.weight_decay,
+        # One learning rate for a whole stack: nothing has to be sent to its device.
+        id(lr) if isinstance(lr, Tensor) else lr,
+    )
 
-    Returns:
-        For each stack a boolean ``(pairs,)`` tensor, True where the pair was skipped
-        because something in its gradients or state was not finite.
+
+class Skipped(NamedTuple):
+    """Which pairs of one stack were left as they were.
+
+    Attributes:
+        positions: Where they come in the work given to :func:`step_pairs`.
+        mask: Boolean ``(pairs,)``, True where something in the gradients or the state
+            was not finite, or would not have been after the step.
     """
-    stacks: dict[tuple[Any, ...], list[PairWork]] = {}
-    for item in work:
-        stacks.setdefault(item.stacking_key(), []).append(item)
-    return [_step_stack(items) for items in stacks.values()]
+
+    positions: list[int]
+    mask: Tensor
+
+
+def step_pairs(work: Iterable[PairWork]) -> list[Skipped]:
+    """Update parameters and state of all pairs in place; one result for each stack."""
+    stacks: dict[tuple[Any, ...], list[int]] = {}
+    items = list(work)
+    for position, item in enumerate(items):
+        stacks.setdefault(item.stacking_key(), []).append(position)
+    return [Skipped(stack, _step_stack([items[i] for i in stack])) for stack in stacks.values()]
 
 
 def _step_stack(items: list[PairWork]) -> Tensor:
     a, b = [item.a for item in items], [item.b for item in items]
     models = [item.damped for item in items if item.damped is not None]
     damped = stack_damped(models) if models else None
+    old_a, old_b = _values(a), _values(b)
     # Both directions are computed before either factor moves: P belongs to this A.
-    moves: list[tuple[list[FactorWork], Moments, Direction]] = []
+    moves: list[_Move] = []
     if a[0].grad is not None:
         whitening = None if damped is None else damped.whitening()
         before = _moments(a)
-        moves.append((a, before, whitened_adam(_grads(a), before, whitening, a[0].settings)))
+        direction = whitened_adam(_grads(a), before, whitening, a[0].settings)
+        moves.append(_Move(a, old_a, before, direction, _stepped(a[0], old_a, direction)))
     if b[0].grad is not None:
         before = _moments(b)
-        down = torch.stack([f.value for f in a]).to(before.exp_avg.dtype)
-        hidden = hidden_whitening(down, damped, items[0].damping)
-        moves.append((b, before, whitened_adam(_grads(b), before, hidden, b[0].settings)))
+        hidden = hidden_whitening(old_a.to(before.exp_avg.dtype), damped, items[0].damping)
+        direction = whitened_adam(_grads(b), before, hidden, b[0].settings)
+        moves.append(_Move(b, old_b, before, direction, _stepped(b[0], old_b, direction)))
     # A pair moves as a whole or not at all: a step of one factor assumes the other's.
-    usable = torch.stack([direction.usable for _, _, direction in moves]).all(0)
-    stepped = [_stepped(factors, direction) for factors, _, direction in moves]
-    for value in stepped:
-        usable = usable & all_finite(value)
-    for (factors, before, direction), value in zip(moves, stepped, strict=True):
-        _write_back(factors, before, direction, value, usable)
+    usable = torch.stack(
+        [flag for move in moves for flag in (move.direction.usable, all_finite(move.value))]
+    ).all(0)
+    for move in moves:
+        _write_back(move, usable)
     return ~usable
+
+
+class _Move(NamedTuple):
+    """A stack of one factor before and after the step; all tensors lead with ``(pairs,)``."""
+
+    factors: list[FactorWork]
+    old_value: Tensor
+    before: Moments
+    direction: Direction
+    value: Tensor
+
+
+def _values(factors: Sequence[FactorWork]) -> Tensor:
+    return torch.stack([f.value for f in factors])
 
 
 def _grads(factors: Sequence[FactorWork]) -> Tensor:
@@ -115,35 +150,27 @@ def _moments(factors: Sequence[FactorWork]) -> Moments:
     )
 
 
-def _stepped(factors: Sequence[FactorWork], direction: Direction) -> Tensor:
-    """The new values ``(pairs, rows, d)`` in the precision of the state."""
-    value = torch.stack([f.value for f in factors]).to(direction.value.dtype)
-    lr = _column([f.lr for f in factors], value)
-    weight_decay = _column([f.weight_decay for f in factors], value)
-    return value * (1 - lr * weight_decay) - lr * direction.value
+def _stepped(factor: FactorWork, old_value: Tensor, direction: Direction) -> Tensor:
+    """The new values ``(pairs, rows, d)``, already in the precision of the parameters.
+
+    Computed in that of the state; only after rounding it is known whether they are finite.
+    """
+    lr = factor.lr
+    if isinstance(lr, Tensor):
+        # On the host it is read as a number; from another accelerator it has to come over.
+        lr = (lr if lr.device.type == "cpu" else lr.to(old_value.device)).reshape(())
+    value = old_value.to(direction.value.dtype)
+    value = value * (1 - lr * factor.weight_decay) - lr * direction.value
+    return value.to(old_value.dtype)
 
 
-def _column(numbers: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """One number per pair as ``(pairs, 1, 1)``; tensors stay on their device."""
-    if any(isinstance(number, Tensor) for number in numbers):
-        tensors = [torch.as_tensor(number).to(like).reshape(()) for number in numbers]
-        return torch.stack(tensors)[:, None, None]
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
-
-
-def _write_back(
-    factors: Sequence[FactorWork],
-    before: Moments,
-    direction: Direction,
-    value: Tensor,
-    usable: Tensor,
-) -> None:
+def _write_back(move: _Move, usable: Tensor) -> None:
     keep = usable[:, None, None]
-    old_value = torch.stack([f.value for f in factors])
-    _scatter([f.value for f in factors], torch.where(keep, value.to(old_value.dtype), old_value))
-    for field, old, new in zip(Moments._fields, before, direction.moments, strict=True):
+    targets = [f.value for f in move.factors]
+    _scatter(targets, torch.where(keep, move.value, move.old_value))
+    for field, old, new in zip(Moments._fields, move.before, move.direction.moments, strict=True):
         mask = usable if old.ndim == 1 else keep
-        _scatter([getattr(f.state, field) for f in factors], torch.where(mask, new, old))
+        _scatter([getattr(f.state, field) for f in move.factors], torch.where(mask, new, old))
 
 
 def _scatter(targets: list[Tensor], stacked: Tensor) -> None:

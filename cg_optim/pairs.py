@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -88,9 +89,11 @@ class LoRAPair:
                 f"{self.name}: {missing} is missing; give both modules to observe curvature, "
                 "or neither"
             )
-        if not math.isfinite(self.scaling) or self.scaling == 0:
+        scaling: object = self.scaling
+        number = isinstance(scaling, Real) and not isinstance(scaling, bool)
+        if not number or not math.isfinite(self.scaling) or self.scaling == 0:
             raise PairError(
-                f"{self.name}: scaling is {self.scaling}; expected a finite number other than 0"
+                f"{self.name}: scaling is {self.scaling!r}; expected a finite number other than 0"
             )
 
     def _shape_of(self, factor: Tensor) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from cg_optim import host
+
 State = dict[str, Any]
 
 
@@ -17,8 +19,9 @@ def step_plain(
 ) -> list[Tensor]:
     """Step parameters of one group in place exactly as ``torch.optim.AdamW`` would.
 
-    A parameter whose gradient or its square is not finite is left alone together with its
-    state.
+    A parameter is left alone together with its state if its gradient or the square of it
+    is not finite, or if the parameter would not be finite afterwards; so are all of them
+    if the numbers of the group allow no step.
 
     Args:
         parameters: Parameters with a gradient.
@@ -26,26 +29,66 @@ def step_plain(
         group: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
 
     Returns:
-        For each device the number of parameters left alone, as a 0-dimensional tensor
-        on that device.
+        For each parameter a boolean ``()`` tensor on its device, True if it was left alone.
     """
-    on_cpu: list[tuple[Tensor, State]] = []
-    skipped: dict[torch.device, Tensor] = {}
+    healthy: list[tuple[Tensor, State]] = []
+    left_alone: list[Tensor] = []
     for parameter, state in zip(parameters, states, strict=True):
-        if parameter.grad is None:
-            continue
+        assert parameter.grad is not None
         _initialise(parameter, state)
         # The square, because it goes into the second moment and may overflow.
         unusable = ~torch.isfinite(parameter.grad.square()).all()
-        before = skipped.get(parameter.device)
-        skipped[parameter.device] = unusable.long() if before is None else before + unusable
-        if parameter.device.type != "cpu":
+        if not _are_usable(parameter.dtype, group):
+            left_alone.append(torch.ones_like(unusable))
+            continue
+        if not _stays_in_range(parameter.dtype, group):
+            unusable = unusable | ~_finite_afterwards(parameter, state, group)
+        left_alone.append(unusable)
+        if not host.at_hand(parameter):
             step_unless(unusable, parameter, state, group)
         elif not bool(unusable):
-            on_cpu.append((parameter, state))
-    if on_cpu:
-        _adamw([p for p, _ in on_cpu], [s for _, s in on_cpu], group)
-    return list(skipped.values())
+            healthy.append((parameter, state))
+    if healthy:
+        _adamw([p for p, _ in healthy], [s for _, s in healthy], group)
+    return left_alone
+
+
+def _are_usable(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
+    """Whether a step can be computed at all; somebody may have changed the numbers.
+
+    torch raises for numbers that do not fit into the dtype of the parameter.
+    """
+    beta1, beta2 = group["betas"]
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        return False
+    numbers = [group["eps"], group["weight_decay"]]
+    if not isinstance(group["lr"], Tensor):
+        numbers += [group["lr"] / (1.0 - beta1), group["lr"] * group["weight_decay"]]
+    return all(abs(number) <= torch.finfo(dtype).max for number in numbers)
+
+
+def _stays_in_range(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
+    """Whether no usable gradient can move a finite parameter out of its dtype's range.
+
+    Gradients with finite squares stay below 2e19 in float32 and bfloat16 (1.4e154 in
+    float64), and ``eps`` divides at worst, so a step stays below 1e32.  In float16 the
+    usual ``eps`` itself is zero.
+    """
+    lr, eps = group["lr"], group["eps"]
+    if dtype == torch.float16 or (isinstance(lr, Tensor) and not host.at_hand(lr)):
+        return False
+    return 0.0 <= float(lr) <= 1.0 and eps >= 1e-12 and 0.0 <= group["weight_decay"] <= 1.0
+
+
+def _finite_afterwards(parameter: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
+    """Whether a step would leave parameter and state finite, found out on a copy."""
+    trial = parameter.detach().clone()
+    trial.grad = parameter.grad
+    copied = {name: value.clone() for name, value in state.items()}
+    fused = None if host.at_hand(parameter) else True
+    copied["step"] = copied["step"].to(parameter.device)
+    _adamw([trial], [copied], group, fused=fused)
+    return torch.stack([torch.isfinite(each).all() for each in (trial, *copied.values())]).all()
 
 
 def step_unless(

@@ -34,6 +34,7 @@ class ResumableOptimizer(Optimizer):
     _representation: str | int | None
     _left_out: dict[str, str]
     _pairs: list[LoRAPair]
+    _strict: bool
     _events: events.EventCounter
     _observer: CurvatureObserver | None
     _store: CurvatureStore
@@ -156,7 +157,15 @@ class ResumableOptimizer(Optimizer):
     # -------------------------------------------------------------- copy and pickle
 
     def __getstate__(self) -> Group:
-        names = ("_model", "_declared", "_representation", "_left_out", "_pairs", "_store")
+        names = (
+            "_model",
+            "_declared",
+            "_representation",
+            "_left_out",
+            "_pairs",
+            "_store",
+            "_strict",
+        )
         active = self._observer is not None and self._observer.active
         return {
             **super().__getstate__(),
@@ -172,7 +181,7 @@ class ResumableOptimizer(Optimizer):
             return
         # Copies of parameters have no gradient, so neither have they its statistics.
         self._store.discard()
-        self._events = events.EventCounter()
+        self._events = events.EventCounter(self._strict)
         self._observer = None
         self._warned_unobserved = False
         self._constructed = True

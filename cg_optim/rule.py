@@ -70,9 +70,10 @@ class Direction(NamedTuple):
     """What to subtract, times the learning rate, and the state that goes with it.
 
     Attributes:
-        value: ``(..., rows, d)``; zero where ``usable`` is False.
-        moments: The new state; the old one where ``usable`` is False.
-        usable: ``(...)`` boolean, False where anything was not finite.
+        value: ``(..., rows, d)``.
+        moments: The new state.
+        usable: ``(...)`` boolean, False where anything was not finite; the caller then
+            uses neither ``value`` nor ``moments``.
     """
 
     value: Tensor
@@ -113,16 +114,7 @@ def whitened_adam(
     value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
 
     usable = all_finite(value) & all_finite(exp_avg_sq)
-    keep = usable[..., None, None]
-    return Direction(
-        torch.where(keep, value, torch.zeros_like(value)),
-        Moments(
-            torch.where(usable, step, moments.step),
-            torch.where(keep, exp_avg, moments.exp_avg),
-            torch.where(keep, exp_avg_sq, moments.exp_avg_sq),
-        ),
-        usable,
-    )
+    return Direction(value, Moments(step, exp_avg, exp_avg_sq), usable)
 
 
 def _with_norm_of(reference: Tensor, matrix: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ def render_summary(
         groups: The optimizer's parameter groups.
         left_out: Reasons by parameter name, from discovery.
         model: Where parameter names come from; None if unknown.
-        curvature_of: For each pair, how its curvature is held.
+        curvature_of: For each observed pair, how its curvature is held and where it comes from.
     """
     rows = [COLUMNS]
     for pair, held in zip(pairs, curvature_of, strict=True):
-        observed = f"hooks, {held}" if pair.observed else f"none: {pair.note or 'gradient only'}"
+        observed = held if pair.observed else f"none: {pair.note or 'gradient only'}"
         shapes = (_shape(pair.A), _shape(pair.B))
         rows.append((pair.name, pair.kind, *shapes, str(pair.rank), f"{pair.scaling:g}", observed))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]

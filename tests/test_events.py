@@ -15,16 +15,16 @@ def test_counts_numbers_and_tensors() -> None:
     events = EventCounter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        events.add(PAIR_SKIPPED, 0)
-        events.add(PAIR_SKIPPED, torch.tensor(0))
+        events.add(PAIR_SKIPPED, [])
+        events.add(PAIR_SKIPPED, [torch.tensor([False, False])])
     assert events.counts() == dict.fromkeys(MEANING, 0)
     with pytest.warns(NumericalWarning, match="LoRA pair"):
-        events.add(PAIR_SKIPPED, torch.tensor(2))
+        events.add(PAIR_SKIPPED, [torch.tensor([True, False]), torch.tensor(True)])
     with pytest.warns(NumericalWarning, match="inputs of a layer"):
-        events.add(CURVATURE_DROPPED, 1)
+        events.add(CURVATURE_DROPPED, [torch.tensor(True)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        events.add(PAIR_SKIPPED, 3)
+        events.add(PAIR_SKIPPED, [torch.ones(3, dtype=torch.bool)])
     assert events.counts() == {**dict.fromkeys(MEANING, 0), PAIR_SKIPPED: 5, CURVATURE_DROPPED: 1}
 
 
@@ -34,10 +34,10 @@ def test_counting_on_a_gpu_does_not_wait_for_it() -> None:
     events = EventCounter()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        events.add(PAIR_SKIPPED, torch.ones((), dtype=torch.int64, device="cuda"))
+        events.add(PAIR_SKIPPED, [torch.ones((), dtype=torch.bool, device="cuda")])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     with pytest.warns(NumericalWarning):
-        events.add(PAIR_SKIPPED, torch.ones((), dtype=torch.int64, device="cuda"))
+        events.add(PAIR_SKIPPED, [torch.ones((), dtype=torch.bool, device="cuda")])
     assert events.counts()[PAIR_SKIPPED] == 2

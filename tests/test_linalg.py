@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cg_optim.linalg import Rung, add_to_diagonal, damped_cholesky, mean_eigenvalue
+from cg_optim import host
+from cg_optim.linalg import (
+    Rung,
+    add_to_diagonal,
+    damped_cholesky,
+    mean_eigenvalue,
+    recorded_rungs,
+)
 from tests.strategies import (
     conditions,
     dampings,
@@ -281,8 +288,8 @@ def test_eigenvalue_solver_that_gives_up_is_absorbed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.linalg, "eigh", give_up)
     stack = torch.stack([torch.eye(3), indefinite(), 2 * torch.eye(3)])
     result = damped_cholesky(stack, 1e-3)
-    assert result.rung.tolist() == [Rung.CLEAN, Rung.FAILED, Rung.CLEAN]
-    assert torch.equal(result.factor[1], torch.eye(3))
+    assert result.rung.tolist() == [Rung.CLEAN, Rung.SHIFT, Rung.CLEAN]
+    assert bool((torch.linalg.eigvalsh(square(result.factor[1])) > 0).all())
 
 
 # ------------------------------------------------------------------------- in a stack
@@ -312,6 +319,35 @@ def test_matrices_of_a_stack_do_not_touch_each_other(names: list[str], nested: b
     assert bool(torch.isfinite(factors).all())
     for name, factor in zip(names, factors, strict=True):
         assert torch.equal(factor, damped_cholesky(CASES[name][0], 1e-9).factor)
+
+
+def test_on_an_accelerator_the_same_rungs_hold_without_a_look_at_the_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack = torch.stack([matrix for matrix, _ in CASES.values()])
+    expected = damped_cholesky(stack, 1e-9)
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    found = damped_cholesky(stack, 1e-9)
+    # Where the eigenvalues would be clamped, more is added instead: still a factor.
+    shifted = expected.rung == Rung.EIGENVALUES
+    assert int(shifted.sum()) == 1
+    assert bool((found.rung[shifted] == Rung.SHIFT).all())
+    assert torch.equal(found.rung[~shifted], expected.rung[~shifted])
+    assert torch.equal(found.factor[~shifted], expected.factor[~shifted])
+    added = square(found.factor[shifted]) - stack[shifted]
+    norm = torch.linalg.matrix_norm(stack[shifted])[:, None, None]
+    torch.testing.assert_close(added, (norm * torch.eye(3)).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_rungs_are_recorded_only_inside_the_block() -> None:
+    damped_cholesky(torch.eye(2), 0.1)
+    with recorded_rungs() as rungs:
+        damped_cholesky(torch.stack([torch.eye(3), indefinite()]), 1e-9)
+        with recorded_rungs() as inner:
+            damped_cholesky(torch.eye(2), 0.1)
+    damped_cholesky(torch.eye(2), 0.1)
+    assert [rung.tolist() for rung in rungs] == [[Rung.CLEAN, Rung.EIGENVALUES]]
+    assert [rung.tolist() for rung in inner] == [Rung.CLEAN]
 
 
 @quick

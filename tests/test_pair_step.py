@@ -82,7 +82,7 @@ def test_pairs_of_other_shapes_settings_or_damping_are_stacked_apart() -> None:
     keys = {item.stacking_key() for item in (base, strong, blind, low_rank)}
     assert len(keys) == 4
     assert base.stacking_key() == other.stacking_key()
-    assert [int(skipped.sum()) for skipped in step_pairs([base, strong, blind, low_rank])] == [
+    assert [int(skipped.sum()) for _, skipped in step_pairs([base, strong, blind, low_rank])] == [
         0
     ] * 4
 
@@ -92,7 +92,7 @@ def test_a_bad_pair_keeps_everything_and_the_others_move() -> None:
     assert work[1].b.grad is not None
     work[1].b.grad[0, 0] = math.nan
     before = values([work[1]])
-    (skipped,) = step_pairs(work)
+    ((_, skipped),) = step_pairs(work)
     step_pairs(clean)
     assert skipped.tolist() == [False, True, False]
     for new, old in zip(values([work[1]]), before, strict=True):
@@ -104,7 +104,7 @@ def test_a_bad_pair_keeps_everything_and_the_others_move() -> None:
 def test_a_step_that_would_leave_the_range_of_the_parameter_is_skipped() -> None:
     work = pair(0, lr=1e38, weight_decay=100.0)
     before = values([work])
-    (skipped,) = step_pairs([work])
+    ((_, skipped),) = step_pairs([work])
     assert skipped.tolist() == [True]
     for new, old in zip(values([work]), before, strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0)
@@ -113,7 +113,7 @@ def test_a_step_that_would_leave_the_range_of_the_parameter_is_skipped() -> None
 def test_each_pair_has_its_own_learning_rate_and_decay() -> None:
     apart = [pair(0, lr=0.5), pair(1, lr=torch.tensor(0.25), weight_decay=0.0)]
     single = [pair(0, lr=0.5), pair(1, lr=0.25, weight_decay=0.0)]
-    assert len(step_pairs(apart)) == 1
+    assert len(step_pairs(apart)) == 2
     for item in single:
         step_pairs([item])
     for one, other in zip(values(apart), values(single), strict=True):

@@ -71,6 +71,8 @@ REFUSED = {
     "only an output": ({"output_module": nn.Identity()}, "input_module is missing"),
     "scaling zero": ({"scaling": 0.0}, "scaling is 0.0"),
     "scaling infinite": ({"scaling": float("inf")}, "scaling is inf"),
+    "scaling as text": ({"scaling": "2"}, "scaling is '2'"),
+    "scaling a truth value": ({"scaling": True}, "scaling is True"),
     "scaling not a number": ({"scaling": float("nan")}, "scaling is nan"),
 }
 

@@ -122,7 +122,7 @@ def test_zero_gradients_do_not_move() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_a_bad_gradient_leaves_its_own_state_and_no_other(bad: float) -> None:
+def test_a_bad_gradient_is_reported_and_touches_no_other(bad: float) -> None:
     grad = gradients(1, 3, 2, 4)[0].float()
     good = whitened_adam(grad, fresh(3, 2, 4, dtype=torch.float32), None, SETTINGS)
     broken = grad.clone()
@@ -130,9 +130,7 @@ def test_a_bad_gradient_leaves_its_own_state_and_no_other(bad: float) -> None:
     before = fresh(3, 2, 4, dtype=torch.float32)
     direction = whitened_adam(broken, before, None, SETTINGS)
     assert direction.usable.tolist() == [True, False, True]
-    assert float(direction.value[1].abs().max()) == 0.0
-    for new, old, clean in zip(direction.moments, before, good.moments, strict=True):
-        torch.testing.assert_close(new[1], old[1])
+    for new, clean in zip(direction.moments, good.moments, strict=True):
         torch.testing.assert_close(new[::2], clean[::2])
     torch.testing.assert_close(direction.value[::2], good.value[::2])
 

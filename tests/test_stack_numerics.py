@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import NumericalWarning
+from cg_optim.events import MEANING
 from tests.models import (
     LoRALinear,
     assert_equal,
@@ -23,7 +24,7 @@ from tests.models import (
 )
 
 BAD = [math.nan, math.inf, -math.inf]
-HEALTHY = {"pair skipped": 0, "parameter skipped": 0, "curvature update dropped": 0}
+HEALTHY = dict.fromkeys(MEANING, 0)
 
 
 def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:

@@ -13,14 +13,19 @@ from tests.models import LoRALinear, tagger
 
 def test_each_pair_has_a_line_with_everything_about_it() -> None:
     model = nn.ModuleDict({"small": LoRALinear(6, 5, r=3, scaling=0.5), "wide": LoRALinear(200, 4)})
-    lines = CGLoRAOptimizer(model).summary().splitlines()
+    optimizer = CGLoRAOptimizer(model)
+    model["small"](torch.ones(1, 6)).sum().backward()
+    optimizer.step()
+    lines = optimizer.summary().splitlines()
     titles = lines[0].split()
     assert titles == ["layer", "kind", "A", "B", "rank", "scaling", "curvature"]
     rows = {line.split()[0]: line.split() for line in lines[2:4]}
     assert rows["small"][2:6] == ["3x6", "5x3", "3", "0.5"]
     assert rows["small"][6:] == ["hooks,", "dense", "6x6"]
     assert rows["wide"][2:6] == ["2x200", "4x2", "2", "2"]
-    assert " ".join(rows["wide"][6:]).endswith("of 200 directions")
+    assert " ".join(rows["wide"][6:]).endswith("of 200 directions (nothing seen yet)")
+    optimizer.remove_hooks()
+    assert "hooks removed, dense 6x6" in optimizer.summary()
 
 
 def test_what_is_left_to_adamw_is_counted_and_named() -> None:

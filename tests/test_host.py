@@ -1,0 +1,216 @@
+"""Nobody waits for an accelerator: no value is read in a training step, hooks included.
+
+The rule is tested three times.  On the CPU with ``host.at_hand`` denying that values can
+be read, so that exactly the code of accelerators runs while two modes of torch watch for
+reads; on a GPU, if there is one, with torch's own alarm; and the results of both ways are
+compared.
+
+One exception: the k leading directions of large inputs are found by ``torch.linalg.eigh``,
+which reads its own error code on the host and has no variant without.  It runs in the steps
+that collect curvature, one in six.  (A Jacobi iteration in plain operators would need no
+reading, but some thousand kernel launches, which take longer than the wait.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cg_optim import CGLoRAOptimizer, host
+from cg_optim.curvature_store import WARM_UP_STEPS, collects_at
+from tests.models import assert_close, batch, curvature_state, loss_of, parameters_of, tagger
+
+aten = torch.ops.aten
+#: Operators whose result the host needs before it can go on, on any accelerator.
+WAITING = {
+    aten._local_scalar_dense,
+    aten.is_nonzero,
+    aten.item,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten._linalg_eigh,
+    aten._linalg_svd,
+    aten._linalg_solve_ex,
+    aten.linalg_eig,
+    aten.linalg_inv_ex,
+    aten.linalg_lstsq,
+    aten.linalg_cholesky,
+}
+#: The same in Python, where some of them read memory without an operator.
+READING = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.cpu,
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__index__,
+    Tensor.__contains__,
+}
+
+
+class Waited(Exception):
+    pass
+
+
+class NoOperatorWaits(TorchDispatchMode):
+    def __init__(self, allowed: Iterable[Any] = ()) -> None:
+        super().__init__()
+        self.waiting = WAITING.difference(allowed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        masks = func.overloadpacket in (aten.index, aten.index_put_, aten.index_put) and any(
+            isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
+        )
+        if func.overloadpacket in self.waiting or masks:
+            raise Waited(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class NothingIsRead(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in READING:
+            raise Waited(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def nobody_waits(allowed: Iterable[Any] = ()) -> Iterator[None]:
+    with NoOperatorWaits(allowed), NothingIsRead():
+        yield
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "bool": lambda x: bool(x.any()),
+    "item": lambda x: x.sum().item(),
+    "list": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "assignment by mask": lambda x: x.__setitem__(x > 0, 1.0),
+    "comparison": lambda x: torch.equal(x, x),
+    "eigenvalues": lambda x: torch.linalg.eigh(x),
+    "in an operator": lambda x: torch.nonzero(x),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_watch_sees_every_way_of_reading(name: str) -> None:
+    with pytest.raises(Waited), nobody_waits():
+        READS[name](torch.eye(3))
+
+
+#: Which steps are watched: from the warm-up on, so with and without collection.
+STEPS = range(1, 2 * WARM_UP_STEPS + 2)
+
+
+def run(
+    optimizer: CGLoRAOptimizer,
+    model: nn.Module,
+    steps: range,
+    watch: Callable[[int], contextlib.AbstractContextManager[object]],
+) -> None:
+    for step in steps:
+        data = batch(step, padded=True)
+        with watch(step):
+            loss_of(model, data).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_step_reads_nothing(dtype: torch.dtype, lr: Any) -> None:
+    model = tagger().to(dtype)
+    optimizer = CGLoRAOptimizer(model, lr=lr)
+    run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
+    run(optimizer, model, STEPS, lambda _: nobody_waits())
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_with_leading_directions_only_their_eigenvalues_are_waited_for() -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
+    run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
+    waited = []
+
+    def watch(step: int) -> contextlib.AbstractContextManager[None]:
+        waited.append(collects_at(step))
+        return nobody_waits({aten._linalg_eigh} if collects_at(step) else ())
+
+    run(optimizer, model, STEPS, watch)
+    assert set(waited) == {True, False}
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.filterwarnings("ignore::cg_optim.errors.NumericalWarning")
+def test_bad_values_are_dealt_with_without_reading_them() -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
+    before = parameters_of(model)
+    with nobody_waits():
+        (loss_of(model, batch(1)) * torch.nan).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in parameters_of(model).items():
+        assert torch.equal(value, before[name])
+    counts = optimizer.diagnostics()
+    assert counts["pair skipped"] == 10
+    assert counts["parameter skipped"] == 6
+
+
+@pytest.mark.parametrize("curvature", ["auto", 3])
+def test_both_ways_train_alike(curvature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = tagger()
+        optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
+        run(optimizer, model, range(8), lambda _: contextlib.nullcontext())
+        return parameters_of(model), curvature_state(model, optimizer)
+
+    expected = trained()
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    assert_close(trained(), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("curvature", ["auto", 3])
+def test_a_step_on_a_gpu_does_not_wait_for_it(curvature: Any) -> None:
+    @contextlib.contextmanager
+    def alarm() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model = tagger().cuda()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
+    for step in range(2 * WARM_UP_STEPS):
+        data = tuple(tensor.cuda() for tensor in batch(step, padded=True))
+        # The first step makes state; eigenvalues are waited for (see above).
+        quiet = step > 0 and (curvature == "auto" or not collects_at(step))
+        watch = alarm() if quiet else contextlib.nullcontext()
+        with watch:
+            loss_of(model, data).backward()  # type: ignore[arg-type]
+            optimizer.step()
+            optimizer.zero_grad()
