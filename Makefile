@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Given to every pip call, build environments included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench fuzz soak clean
 
 install: $(VENV)/installed
 
@@ -26,6 +26,14 @@ test: lint
 
 bench: install
 	for work in linear lm nlu step report; do $(BIN)/python -m benchmarks $$work --preset quick || exit $$?; done
+
+# Minutes each; the test suite runs a small share of both.
+fuzz: install
+	$(BIN)/python -m tests.fuzz
+
+soak: install
+	$(BIN)/python -m tests.fuzz.soak
+	$(BIN)/python -m tests.fuzz.kills
 
 clean:
 	rm -rf $(VENV) build *.egg-info

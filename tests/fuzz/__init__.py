@@ -1,0 +1,1 @@
+"""Long runs: ``make fuzz`` and ``make soak``; the test suite runs a small share of each."""
