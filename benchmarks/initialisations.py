@@ -20,6 +20,8 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 from torch import Tensor, nn
 
+from cg_optim import curvature_init_
+
 from .problem import Problem
 
 CALIBRATION_BATCHES = 4
@@ -115,9 +117,22 @@ def _corda(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
+def _curvature(mode: str) -> Callable[[Problem, nn.Module, int], nn.Module]:
+    def build(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
+        adapted = _plain(problem, model, seed)
+        batches = islice(problem.batches(seed), CALIBRATION_BATCHES)
+        curvature_init_(adapted, batches, problem.loss, mode=mode, seed=seed, progress=False)
+        return adapted
+
+    return build
+
+
 INITIALISATIONS: dict[str, Callable[[Problem, nn.Module, int], nn.Module]] = {
     "eva": _eva,
     "lora-ga": _lora_ga,
     "pissa": _pissa,
     "corda": _corda,
+    "curvature-keep": _curvature("keep"),
+    "curvature-newton": _curvature("newton"),
+    "curvature-shift": _curvature("shift"),
 }

@@ -101,6 +101,19 @@ def check_curvature(curvature: object) -> None:
     )
 
 
+def check_init(init: object, curvature: object) -> None:
+    """Check the ``init`` argument.
+
+    Raises:
+        HyperparameterError: If it is neither None nor ``"curvature"``, or is given without
+            the curvature it needs.
+    """
+    if init not in (None, "curvature"):
+        raise HyperparameterError(f"init is {init!r}; expected 'curvature' or None")
+    if init is not None and curvature is None:
+        raise HyperparameterError("init is 'curvature' but curvature is None; it needs one")
+
+
 def as_groups(params: Any) -> list[Group]:
     """Bring parameters, named parameters or groups into a list of groups without empty ones.
 

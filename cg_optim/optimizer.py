@@ -24,6 +24,8 @@ from cg_optim.diagnostics import LayerDiagnostics, look_at
 from cg_optim.discovery import Discovery
 from cg_optim.errors import NoPairsWarning, UnobservedPairWarning, warn
 from cg_optim.factor_state import as_factor_state, new_factor_state
+from cg_optim.initialisation.first_step import FirstStep, with_changed_gradient
+from cg_optim.initialisation.fresh import check_rank
 from cg_optim.linalg import Rung, recorded_rungs
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair
@@ -71,6 +73,11 @@ class CGLoRAOptimizer(ResumableOptimizer):
         curvature: ``"auto"`` keeps the leading directions of large inputs and the whole
             matrix of small ones; ``"dense"`` always the whole matrix; an integer that
             many directions; ``None`` no curvature at all, which is AdamW for everything.
+        init: ``"curvature"`` points the ``A`` of every pair whose ``B`` is zero along the
+            leading directions of the first batch's whitened gradient, at the first step and
+            without another pass (:mod:`cg_optim.initialisation.first_step`).  The function
+            does not change.  :func:`~cg_optim.curvature_init_` does more, in a phase before
+            training.
         strict: Raise at the end of a step in which a numerical failure was absorbed, and
             say where.  For debugging: every step then waits for the accelerator.
 
@@ -80,6 +87,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
             complex, or is not a tensor.
         AdapterError: If the model's adapters are frozen, merged or disabled.
         PairError: If a pair is malformed or two pairs share a parameter.
+        InitialisationError: If ``init`` meets a rank that is too large for its layer.
     """
 
     def __init__(
@@ -94,9 +102,11 @@ class CGLoRAOptimizer(ResumableOptimizer):
         weight_decay: float = 1e-2,
         damping: float = 0.3,
         curvature: str | int | None = "auto",
+        init: str | None = None,
         strict: bool = False,
     ) -> None:
         arguments.check_curvature(curvature)
+        arguments.check_init(init, curvature)
         defaults = arguments.plain_numbers(
             {
                 "lr": lr,
@@ -107,6 +117,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
             }
         )
         arguments.check_group(defaults)
+        if init is not None:
+            defaults["init_pending"] = True
         if isinstance(model_or_params, nn.Module):
             arguments.check_one_model(model_or_params, model)
             model = model_or_params
@@ -124,6 +136,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         self._events = events.EventCounter(self._strict)
         self._observer = None
         self._store = CurvatureStore(self._pairs, curvature or "auto")
+        self._first = FirstStep(self._pairs)
         self._warned_unobserved = False
         found = self._discover()
         arguments.check_not_empty(groups, model)
@@ -179,6 +192,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         for pair in usable:
             if id(pair.A) in known:
                 continue
+            if self._init_pending() and pair.observed:
+                check_rank(pair)
             self._pairs.append(pair)
             for parameter in (pair.A, pair.B):
                 if parameter in self.state:  # AdamW stepped it so far
@@ -222,6 +237,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
     def _step_pairs(self) -> None:
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        changes = self._initialise(group_of) if self._init_pending() else {}
         moving = [
             (index, pair)
             for index, pair in enumerate(self._pairs)
@@ -229,7 +245,10 @@ class CGLoRAOptimizer(ResumableOptimizer):
         ]
         with recorded_rungs() as rungs:
             work = [
-                self._pair_work(index, pair, group_of, self._states_of(index, pair))
+                with_changed_gradient(
+                    self._pair_work(index, pair, group_of, self._states_of(index, pair)),
+                    changes.get(index),
+                )
                 for index, pair in moving
             ]
             stacks = step_pairs(work)

@@ -16,6 +16,7 @@ from cg_optim import checkpoint, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
 from cg_optim.factor_state import as_factor_state
 from cg_optim.hooks import CurvatureObserver
+from cg_optim.initialisation.first_step import FirstStep
 from cg_optim.pairs import LoRAPair
 
 Group = dict[str, Any]
@@ -25,7 +26,8 @@ class ResumableOptimizer(Optimizer):
     """An optimizer of LoRA pairs whose inputs are observed by hooks.
 
     The curvature that the hooks collect is part of the state of each pair's ``A``; the
-    number of steps taken is part of every group, because it decides when to collect.
+    number of steps taken is part of every group, because it decides when to collect; so is
+    whether the adapters are still to be initialised.
     """
 
     # Set by the constructor of the subclass before any parameter group is added.
@@ -38,6 +40,7 @@ class ResumableOptimizer(Optimizer):
     _events: events.EventCounter
     _observer: CurvatureObserver | None
     _store: CurvatureStore
+    _first: FirstStep
     _warned_unobserved: bool
     _constructed: bool
 
@@ -52,20 +55,39 @@ class ResumableOptimizer(Optimizer):
     def _observe(self) -> None:
         """Put hooks on the pairs, if there are any to observe."""
         if any(pair.observed for pair in self._pairs):
-            self._observer = CurvatureObserver(
-                self._pairs, self._store.consume, self._store.discard_pair
-            )
+            self._observer = CurvatureObserver(self._pairs, self._store.consume, self._discard_pair)
             self._schedule_collection()
+
+    def _discard_pair(self, index: int) -> set[int]:
+        together = self._store.discard_pair(index)
+        self._first.discard({index, *together})
+        return together
 
     def _schedule_collection(self) -> None:
         if self._observer is not None:
             self._observer.collecting = collects_at(self._steps_taken())
+            pending = self._init_pending()
+            self._observer.gradient_consumer = self._first.consume if pending else None
+
+    def _init_pending(self) -> bool:
+        """Whether ``init="curvature"`` was asked for and no step has carried it out yet."""
+        return bool(self.param_groups and self.param_groups[0].get("init_pending"))
+
+    def _initialise(self, group_of: dict[int, Group]) -> dict[int, Tensor]:
+        """Point each fresh ``A`` along its first gradient; the changes of ``B``'s, by pair."""
+        dampings = [group_of[id(pair.A)]["damping"] for pair in self._pairs]
+        changes = self._first.start(lambda index: self._store.damped(index, dampings[index]))
+        if changes:
+            for group in self.param_groups:
+                group["init_pending"] = False
+        return changes
 
     def remove_hooks(self) -> None:
         """Take every hook off the model; training can go on with the last curvature."""
         if self._observer is not None:
             self._observer.remove()
             self._store.discard()
+            self._first.discard()
 
     def __enter__(self) -> Self:
         return self
@@ -134,6 +156,7 @@ class ResumableOptimizer(Optimizer):
         self._link_curvature()
         if self._observer is not None:
             self._observer.discard()
+        self._first.discard()
         self._schedule_collection()
 
     def _link_curvature(self) -> None:
@@ -181,6 +204,7 @@ class ResumableOptimizer(Optimizer):
             return
         # Copies of parameters have no gradient, so neither have they its statistics.
         self._store.discard()
+        self._first = FirstStep(self._pairs)
         self._events = events.EventCounter(self._strict)
         self._observer = None
         self._warned_unobserved = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def curvature_init_(
     Estimates, for each layer, the input curvature ``X = E[x x^T]``, the output curvature
     ``S = E[g g^T]`` and the leading directions of the gradient whitened by both
     (:mod:`cg_optim.initialisation.low_rank` has the equations).  The first half of the
-    batches gives the curvature, the second half the gradient; a single batch gives both.
+    batches gives the curvature and the second half the gradient; the last of three or more
+    is seen by neither, to search the length of the step on.  A single batch is used for all.
     No matrix of the size of a weight is built in modes ``"keep"`` and ``"newton"``.
 
     >>> curvature_init_(model, batches, lambda model, batch: model(**batch).loss)
@@ -108,8 +109,7 @@ def curvature_init_(
 
     with left_alone(model, observed, seed):
         statistics = Statistics(observed, curvature, damping, seed)
-        half = len(data) // 2
-        parts = (data[:half], data[half:]) if half else (data, data)
+        parts = _parts(data)
         losses = (sampled_loss_fn or loss_fn, loss_fn)
         try:
             with progress_bar(sum(map(len, parts)), progress) as advance:
@@ -146,6 +146,13 @@ def curvature_init_(
                 _newton(usable, length, loss_now, report)
                 _shift(usable, bases, report)
     return report
+
+
+def _parts(data: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The batches for the curvature and for the gradient; the last is kept for the length."""
+    used = data[:-1] if len(data) > 2 else data
+    half = len(used) // 2
+    return (used[:half], used[half:]) if half else (used, used)
 
 
 def _check_numbers(
