@@ -39,6 +39,7 @@ class Method:
         knob: name of the second sensitive setting, and values to sweep, the package's own first.
         full: whether all weights are trained instead of adapters.
         init: initialisation of the adapters, see :mod:`benchmarks.initialisations`.
+        follows: method around whose tuned learning rate the sweep of an initialisation starts.
         priority: methods of a lower number are finished first.
         options: further constructor arguments, from ``name[key=value,...]``.
     """
@@ -53,6 +54,7 @@ class Method:
     values: tuple[float | None, ...] = (None,)
     full: bool = False
     init: str | None = None
+    follows: str | None = None
     priority: int = 2
     revision: Callable[[], str] = field(default=lambda: "")
     options: tuple[tuple[str, Any], ...] = ()
@@ -91,7 +93,7 @@ class Method:
             default=self.default,
             knobs=self.values if knobs else self.values[:1],
             priority=self.priority,
-            follows="adamw" if self.init else None,
+            follows=self.follows,
             revision=self.revision(),
         )
 
@@ -290,9 +292,6 @@ def _cg_method() -> Method:
 def _all_methods() -> list[Method]:
     adamw = Method("adamw", "AdamW", "torch", _adamw, lr=1e-2, priority=0)
 
-    def starting(init: str, title: str) -> Method:
-        return replace(adamw, name=init, title=title, package="peft", init=init, priority=4)
-
     return [
         adamw,
         _cg_method(),
@@ -312,14 +311,46 @@ def _all_methods() -> list[Method]:
         Method("kron", "Kron", "pytorch_optimizer", _kron, 1e-2, priority=3),
         Method("shampoo", "Shampoo", "pytorch_optimizer", _shampoo, 1e-2, priority=3),
         Method("lora-fa", "LoRA-FA", "peft", _lora_fa, 1e-2, priority=3),
-        starting("eva", "EVA + AdamW"),
-        starting("lora-ga", "LoRA-GA + AdamW"),
-        starting("pissa", "PiSSA + AdamW"),
-        starting("corda", "CorDA + AdamW"),
+        *(_starting(adamw, init, title) for init, title in PEER_STARTS.items()),
     ]  # fmt: skip
 
 
+PEER_STARTS = {"eva": "EVA", "lora-ga": "LoRA-GA", "pissa": "PiSSA", "corda": "CorDA"}
+OUR_STARTS = {
+    "curvature-keep": "curvature (keep)",
+    "curvature-newton": "curvature (Newton)",
+    "curvature-shift": "curvature (shift)",
+}
+
+
+def _starting(method: Method, init: str, title: str) -> Method:
+    """``method`` from another start: ``eva`` for AdamW, ``cg-eva`` for ours."""
+    return replace(
+        method,
+        name=init if method.name == "adamw" else f"{method.name}-{init}",
+        title=f"{title} + {method.title}",
+        package="peft",
+        init=init,
+        follows=method.name,
+        knob=None,
+        values=(None,),
+        priority=4,
+    )
+
+
+def _started_methods() -> list[Method]:
+    """Starts of ours, and those of all peers for our optimizer."""
+    methods = {method.name: method for method in _all_methods()}
+    adamw, cg = methods["adamw"], methods["cg"]
+    return [
+        *(_starting(adamw, init, title) for init, title in OUR_STARTS.items()),
+        *(_starting(cg, init, title) for init, title in (PEER_STARTS | OUR_STARTS).items()),
+    ]
+
+
 METHODS: dict[str, Method] = {method.name: method for method in _all_methods()}
+STARTED_METHODS = {method.name: method for method in _started_methods()}
+"""Further initialisations, which take part where they are named only."""
 CEILINGS = tuple(name for name, method in METHODS.items() if method.full)
 
 
@@ -345,9 +376,10 @@ def get(spec: str) -> Method:
     """
     match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", spec.strip())
     name = match.group(1) if match else spec
-    if not match or name not in METHODS:
-        raise UsageError(f"unknown method {spec!r}; known: {', '.join(METHODS)}")
-    method = METHODS[name]
+    known = METHODS | STARTED_METHODS
+    if not match or name not in known:
+        raise UsageError(f"unknown method {spec!r}; known: {', '.join(known)}")
+    method = known[name]
     if not match.group(2):
         return method
     options = []

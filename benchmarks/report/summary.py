@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..methods import STARTED_METHODS
 from ..sweep import BASELINE
 from .measures import Measures
 from .styles import OURS
@@ -38,7 +39,8 @@ def summary_row(topic: Topic, measured: Sequence[Measures]) -> list[str] | None:
     peers = [
         one
         for one in measured
-        if one.method.partition("[")[0] not in (BASELINE, OURS) and one.method not in topic.full
+        if one.method.partition("[")[0] not in (BASELINE, OURS, *STARTED_METHODS)
+        and one.method not in topic.full
     ]
     peer = best(peers)
     full = best([one for one in measured if one.method in topic.full])

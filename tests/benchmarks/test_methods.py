@@ -24,7 +24,7 @@ def missing(method):
     return any(importlib.util.find_spec(package) is None for package in packages)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS | methods.STARTED_METHODS)
 def test_lowers_the_loss_of_a_toy_in_three_steps(name):
     method = methods.get(name)
     if missing(method):

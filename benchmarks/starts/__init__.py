@@ -1,0 +1,1 @@
+"""Initialisations compared: losses at short budgets, and what the initialisation itself costs."""

@@ -1,0 +1,197 @@
+"""Time and memory of each initialisation itself, on one model in one run.
+
+Every initialisation runs in a process of its own, on the same weights and batches.  Time is
+processor time, which other work on the machine does not spoil; memory is how far the peak of
+the process rises above what the model and one training step of the plain adapters need.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import language_model
+from ..adapters import linear_layers
+from ..cells import environment, write_json
+from ..problem import LoraSettings, Problem
+from ..report.table import MISSING, grid, size
+from ..stdlib_texts import english_text
+
+STARTS = (
+    None, "lora-ga", "eva", "pissa", "corda",
+    "curvature-keep", "curvature-newton", "curvature-shift", "first step",
+)  # fmt: skip
+"""``first step`` is ``CGLoRAOptimizer(init="curvature")``, beside the same step without it."""
+FIRST_STEP = "first step"
+LIMIT = 180
+"""Seconds after which a start is given up (EVA goes on until its components converge)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its calibration batches."""
+
+    hidden: int = 1024
+    intermediate: int = 2752
+    layers: int = 4
+    batch: int = 2
+    length: int = 128
+    rank: int = 16
+
+
+class CostProblem(Problem):
+    """English text on a randomly initialised Llama: cost does not depend on what it knows."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._text = english_text().train
+        recipe = language_model.LanguageModelRecipe(
+            "cost", hidden_size=shape.hidden, layers=shape.layers, heads=8,
+            intermediate_size=shape.intermediate,
+        )  # fmt: skip
+        self._base = language_model.build_model(recipe)
+        self.lora = LoraSettings(shape.rank, 2 * shape.rank, tuple(linear_layers(self._base)))
+
+    def base_model(self, seed: int) -> nn.Module:
+        return self._base
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        size, length = self.shape.batch, self.shape.length
+        while True:
+            yield language_model.sample_batch(self._text, size, length, source)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return language_model.loss(model, batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def singles(self, batch: Tensor) -> Sequence[Tensor]:
+        return list(batch.split(1))
+
+
+def measure_all(shape: Shape, threads: int) -> dict[str, Any]:
+    """Costs of all starts; one that raises is recorded with its error."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for start in STARTS:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_measure, args=(theirs, start, shape, threads))
+        process.start()
+        late = not mine.poll(LIMIT)
+        found[start or "plain"] = {"error": f"not done after {LIMIT} s"} if late else mine.recv()
+        if late:
+            process.kill()
+        process.join()
+    return {"shape": asdict(shape), "starts": found, "environment": environment("cpu", threads)}
+
+
+def _measure(pipe: Any, start: str | None, shape: Shape, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        pipe.send(measure(start, shape))
+    except Exception as error:
+        pipe.send({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
+
+
+def measure(start: str | None, shape: Shape) -> dict[str, float]:
+    """Seconds and bytes of one start, in this process."""
+    from ..initialisations import adapt
+
+    problem = CostProblem(shape)
+    if start == FIRST_STEP:
+        return _first_step(problem)
+    before = _peak()
+    started = time.process_time()
+    adapt(problem, 0, start)
+    return {"seconds": time.process_time() - started, "bytes": _peak() - before}
+
+
+def _first_step(problem: CostProblem) -> dict[str, float]:
+    """What ``init`` adds to the first training step; the median of three pairs of steps."""
+    from cg_optim import CGLoRAOptimizer
+
+    from ..initialisations import adapt
+
+    model = adapt(problem, 0, None)
+    batch = next(problem.batches(0))
+    factors = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def step(init: str | None) -> float:
+        for name, parameter in model.named_parameters():
+            if name in factors:
+                parameter.data.copy_(factors[name])
+        with CGLoRAOptimizer(model, lr=1e-3, init=init) as optimizer:
+            started = time.process_time()
+            problem.loss(model, batch).backward()
+            optimizer.step()
+            seconds = time.process_time() - started
+        optimizer.zero_grad()
+        return seconds
+
+    step(None)
+    before = _peak()
+    plain_again = step(None)
+    held = _peak()
+    started = step("curvature")
+    pairs = [started - plain_again] + [step("curvature") - step(None) for _ in range(2)]
+    return {"seconds": sorted(pairs)[1], "bytes": _peak() - max(held, before)}
+
+
+def _peak() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Costs beyond those of plain adapters, and beside LoRA-GA's."""
+    starts = record["starts"]
+    plain, reference = starts["plain"], starts["lora-ga"]
+    rows = []
+    for name, cost in starts.items():
+        if name == "plain":
+            continue
+        if "error" in cost:
+            rows.append((name, cost["error"], MISSING, MISSING, MISSING))
+            continue
+        own = {key: cost[key] - (0 if name == FIRST_STEP else plain[key]) for key in plain}
+        base = {key: reference[key] - plain[key] for key in plain}
+        rows.append(
+            (
+                'CGLoRAOptimizer(init="curvature")' if name == FIRST_STEP else name,
+                f"{own['seconds']:.2f}",
+                size(max(own["bytes"], 0)),
+                f"{own['seconds'] / base['seconds']:.0%}",
+                f"{own['bytes'] / base['bytes']:.0%}",
+            )
+        )
+    shape = record["shape"]
+    header = ("initialisation", "CPU seconds", "memory", "of LoRA-GA's time", "of its memory")
+    note = (
+        f"Llama of {shape['layers']} layers, d = {shape['hidden']}, float32, rank {shape['rank']}, "
+        f"4 batches of {shape['batch']} x {shape['length']} tokens for all but PiSSA (none) and "
+        "the optimizer's own (its first training batch; the difference between two training "
+        "steps); memory is the rise of the process's peak."
+    )
+    return f"{grid(header, rows)}\n\n{note}"
+
+
+def write(path: Any, record: dict[str, Any]) -> None:
+    """Keep a record."""
+    write_json(path, record)
+
+
+def read(path: Any) -> dict[str, Any]:
+    """A record kept before."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record

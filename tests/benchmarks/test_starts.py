@@ -1,0 +1,81 @@
+"""The comparison of initialisations: its plan, its tables and the measurement of costs."""
+
+import json
+
+import pytest
+
+from benchmarks import methods
+from benchmarks.cells import Result, save
+from benchmarks.starts import __main__ as command
+from benchmarks.starts import compare, cost
+from benchmarks.sweep import plan, rate
+
+TINY = cost.Shape(hidden=32, intermediate=48, layers=1, batch=2, length=16, rank=4)
+
+
+def test_every_start_of_the_comparison_exists():
+    for name in compare.METHODS:
+        method = methods.get(name)
+        assert method.init or method.options or name in ("adamw", "cg")
+        if method.init:
+            assert method.follows in ("adamw", "cg")
+
+
+def test_every_method_has_the_same_sweep_at_a_short_budget():
+    (comparison,) = compare.comparisons(None, [7], ["code-b8"], ["adamw", "cg-eva"])
+    assert comparison.study.steps == 7
+    first = {request.cell.method: set() for request in comparison.requests()}
+    for request in comparison.requests():
+        assert request.cell.steps == 7
+        first[request.cell.method].add(request.cell.lr)
+    assert first["adamw"] == first["cg-eva"] == {rate(-10), rate(-8), rate(-6)}
+
+
+def finish(comparison, out):
+    """Run the plan with made-up losses: ``cg-eva`` is lower than ``cg`` by 0.1 on every seed."""
+    results = []
+    while requests := plan(comparison.study, results):
+        for request in requests:
+            cell = request.cell
+            loss = 2 + abs(cell.lr - 1e-2) + 0.01 * cell.seed - 0.1 * (cell.method == "cg-eva")
+            results.append(Result(cell, "ok", final={"choose": loss, "report": loss}))
+            save(results[-1], out)
+
+
+def test_the_table_compares_each_start_with_its_own_optimizer(tmp_path):
+    (comparison,) = compare.comparisons(None, [7], ["code-b8"], ["adamw", "cg", "cg-eva", "eva"])
+    finish(comparison, tmp_path)
+    lines = compare.table(comparison, tmp_path).splitlines()
+    assert lines[0] == "**lm / code-b8, 7 steps**"
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines[4:]}
+    assert next(iter(rows)) == "EVA + CGLoRAOptimizer"
+    assert "-0.1" in rows["EVA + CGLoRAOptimizer"]
+    assert "lower" in rows["EVA + CGLoRAOptimizer"]
+    assert "level" in rows["EVA + AdamW"]
+
+
+@pytest.mark.parametrize("start", [None, "lora-ga", "curvature-newton", cost.FIRST_STEP])
+def test_costs_are_measured(start):
+    found = cost.measure(start, TINY)
+    assert found["seconds"] > 0 or start == cost.FIRST_STEP
+    assert found["bytes"] >= 0
+
+
+def test_the_table_of_costs_refers_to_plain_adapters_and_to_lora_ga():
+    starts = {
+        "plain": {"seconds": 1.0, "bytes": 100.0},
+        "lora-ga": {"seconds": 9.0, "bytes": 1124.0},
+        "curvature-keep": {"seconds": 3.0, "bytes": 356.0},
+        "corda": {"error": "ModuleNotFoundError: attrs"},
+        cost.FIRST_STEP: {"seconds": 2.0, "bytes": 512.0},
+    }
+    record = json.loads(json.dumps({"shape": vars(TINY), "starts": starts}))
+    rows = {line.split(" | ")[0].strip("| "): line for line in cost.table(record).splitlines()}
+    assert "| 2.00 | 256 B | 25% | 25% |" in rows["curvature-keep"]
+    assert "| 2.00 | 512 B | 25% | 50% |" in rows['CGLoRAOptimizer(init="curvature")']
+    assert "ModuleNotFoundError" in rows["corda"]
+
+
+def test_a_wrong_method_is_a_wrong_request(capsys):
+    assert command.main(["table", "--methods", "cg-evil"]) == 2
+    assert "unknown method 'cg-evil'" in capsys.readouterr().err
