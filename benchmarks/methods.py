@@ -267,6 +267,9 @@ def _cg_revision() -> str:
     from cg_optim.rule import RULE_VERSION
 
     defaults = {key: value for key, value in _cg_defaults().items() if key != "weight_decay"}
+    for switch in ("init", "strict"):  # switched off they leave every number as it was
+        if not defaults.get(switch):
+            defaults.pop(switch, None)
     mark = f"{RULE_VERSION}{sorted(defaults.items(), key=str)}"
     return hashlib.sha256(mark.encode()).hexdigest()[:8]
 

@@ -120,3 +120,12 @@ def test_unknown_option_is_recorded_as_a_failure(name, tmp_path):
 def test_select_drops_repetitions_and_defaults_to_all():
     assert [m.name for m in methods.select(["soap", "adamw", "soap"])] == ["soap", "adamw"]
     assert [m.name for m in methods.select(None)] == list(methods.METHODS)
+
+
+def test_switches_that_are_off_do_not_outdate_our_results(monkeypatch):
+    before = methods._cg_revision()
+    defaults = methods._cg_defaults()
+    monkeypatch.setattr(methods, "_cg_defaults", lambda: {**defaults, "strict": False})
+    assert methods._cg_revision() == before
+    monkeypatch.setattr(methods, "_cg_defaults", lambda: {**defaults, "init": "curvature"})
+    assert methods._cg_revision() != before
