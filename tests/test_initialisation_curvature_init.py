@@ -390,6 +390,29 @@ def test_refuses_to_shift_a_quantized_base_before_anything_is_changed() -> None:
     curvature_init_(model, [regression()], squares, mode="newton")  # needs no base weight
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_bitsandbytes_holds_is_kept_and_refused(bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    from benchmarks.peft_kinds import WIDTH, quantized
+
+    def loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+        return model(data[0]).square().sum(-1).mean()
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, target_modules=["first", "second"])
+    model = peft.get_peft_model(quantized(bits)(), config)
+    given = torch.randn(20, WIDTH), torch.zeros(())
+    outputs = model(given[0]).detach()
+    with pytest.raises(errors.InitialisationError, match=r"quantized \(torch.u?int8\)"):
+        curvature_init_(model, [given], loss, mode="shift")
+    curvature_init_(model, [given], loss)
+    assert torch.equal(model(given[0]), outputs)
+    report = curvature_init_(model, [given], loss, mode="newton")
+    assert report.loss_after is not None
+    assert report.loss_before is not None
+    assert report.loss_after < report.loss_before
+
+
 def test_cross_entropy_with_labels_of_the_models_own() -> None:
     """The way to use ``sampled_loss_fn`` for a classifier."""
 
