@@ -104,6 +104,7 @@ class FirstStep:
         for index, start in found.items():
             self._down(index).copy_(start.down)
         self.discard()
+        self._tests = TestMatrices(SEED)  # lets go of the matrices
         return {index: start.change for index, start in found.items()}
 
     def _down(self, index: int) -> Tensor:
@@ -122,7 +123,7 @@ class FirstStep:
         old = self._down(index).to(sketch.dtype)
         new = with_norm_of(old, row_space(right_vectors(whitened), pair.rank, whitening))
         change = torch.linalg.pinv(sketch @ old.mT, rtol=SMALLEST) @ (sketch @ new.mT)
-        return Start(new, change)
+        return Start(new.contiguous(), change.contiguous())
 
     # ------------------------------------------------------------------ distributed ranks
 
@@ -134,7 +135,7 @@ class FirstStep:
 
     def _of_first_rank(self, found: dict[int, Start]) -> dict[int, Start]:
         agreed: dict[int, Start] = {}
-        for index, sketch in self._sketches.items():
+        for index, sketch in sorted(self._sketches.items()):  # in one order on all ranks
             rank = self._pairs[index].rank
             mine = found.get(index) or Start(
                 sketch.new_zeros(rank, sketch.shape[1]), sketch.new_zeros(rank, rank)
