@@ -71,7 +71,9 @@ def _plain(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int):  # torch takes no integer beyond 64 bits for a float
+        return not isinstance(value, bool) and abs(value) <= 2**53
+    return isinstance(value, float)
 
 
 def _check_lr(lr: object) -> None:
@@ -80,6 +82,8 @@ def _check_lr(lr: object) -> None:
             raise HyperparameterError(
                 f"lr is a tensor of shape {tuple(lr.shape)}; expected one element"
             )
+        if lr.device.type == "meta":
+            raise HyperparameterError("lr is a tensor without a value (on the meta device)")
         lr = lr.item()
     if not _is_number(lr) or not 0.0 <= lr < math.inf:  # type: ignore[operator]
         raise HyperparameterError(f"lr is {lr!r}; expected a finite number >= 0")

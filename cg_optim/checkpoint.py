@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,12 @@ from torch import Tensor
 
 from cg_optim.arguments import check_group
 from cg_optim.errors import HyperparameterError, StateError
+from cg_optim.factor_state import factor_dtype
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+#: State that is counted; everything else is floating point.
+COUNTS = ("input_updates",)
 NOT_NEGATIVE = ("step", "exp_avg_sq", "input_trace", "input_updates", "input_eigenvalues")
 
 
@@ -20,6 +23,7 @@ def check(
     state_dict: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     expected: Mapping[int, Shapes],
+    paired: Collection[int],
 ) -> None:
     """Refuse a state dict that is damaged or belongs to another model.
 
@@ -27,6 +31,7 @@ def check(
         state_dict: What ``Optimizer.state_dict`` returned once.
         groups: The optimizer's own parameter groups.
         expected: Names and shapes of the state of each parameter, by its index.
+        paired: The ``id`` of every parameter that is a LoRA factor.
 
     Raises:
         StateError: With what differs; nothing has been changed then.
@@ -35,6 +40,8 @@ def check(
     saved_groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(saved_groups, Sequence) or not isinstance(state, Mapping):
         raise StateError("the state dict is damaged: 'state' or 'param_groups' has the wrong type")
+    if not all(isinstance(group, Mapping) for group in saved_groups):
+        raise StateError("the state dict is damaged: a parameter group is no dict")
     sizes = [len(group["params"]) for group in groups]
     try:
         saved_ids = [list(group["params"]) for group in saved_groups]
@@ -45,6 +52,8 @@ def check(
             f"the state dict has parameter groups of {[len(ids) for ids in saved_ids]} parameters, "
             f"this optimizer of {sizes}; build it for the same model and in the same way"
         )
+    if not all(isinstance(i, (int, str)) for ids in saved_ids for i in ids):
+        raise StateError("the state dict is damaged: 'params' holds something that is no index")
     required = {"lr", "betas", "eps", "weight_decay", "damping"}
     for index, group in enumerate(saved_groups):
         if missing := required - set(group):
@@ -55,14 +64,23 @@ def check(
         _check_numbers(index, group)
     if len({str(i) for ids in saved_ids for i in ids}) != sum(sizes):
         raise StateError("the state dict is damaged: a parameter is listed twice")
+    parameters = [parameter for group in groups for parameter in group["params"]]
     position = {saved: i for i, saved in enumerate(i for ids in saved_ids for i in ids)}
     for saved, values in state.items():
         if saved not in position:
             raise StateError(f"the state dict has state for an unknown parameter {saved!r}")
-        _check_one(position[saved], values, expected.get(position[saved], {}))
+        index = position[saved]
+        parameter = parameters[index]
+        is_factor = id(parameter) in paired
+        # torch.optim holds the state of ordinary parameters in their own precision.
+        dtype = factor_dtype(parameter) if is_factor else parameter.dtype
+        _check_one(index, values, expected.get(index, {}), dtype)
+        if not is_factor and not bool(torch.isfinite(values["exp_avg"].to(dtype).square()).all()):
+            # Gradients whose squares overflow are never let in, so nor is their mean.
+            raise StateError(f"exp_avg of parameter {index} holds values out of range")
 
 
-def _check_one(index: int, values: Any, expected: Shapes) -> None:
+def _check_one(index: int, values: Any, expected: Shapes, dtype: torch.dtype) -> None:
     if not isinstance(values, Mapping):
         raise StateError(f"state of parameter {index} is a {type(values).__name__}, not a dict")
     if set(values) != set(expected):
@@ -78,7 +96,16 @@ def _check_one(index: int, values: Any, expected: Shapes) -> None:
                 f"{name} of parameter {index} has shape {got}, expected {tuple(shape)}; "
                 "the state belongs to another model or another `curvature`"
             )
-        if not bool(torch.isfinite(value).all()):
+        counted = name in COUNTS
+        kind_fits = not value.is_floating_point() if counted else value.is_floating_point()
+        unusable = value.layout != torch.strided or value.device.type == "meta"
+        if not kind_fits or unusable or value.dtype == torch.bool or value.is_complex():
+            raise StateError(
+                f"{name} of parameter {index} is a {value.dtype} tensor ({value.layout}, on "
+                f"{value.device}); expected dense {'integers' if counted else 'floating point'}"
+            )
+        # In the precision it will have: what is finite in float64 may not be in float32.
+        if not counted and not bool(torch.isfinite(value.to(dtype)).all()):
             raise StateError(f"{name} of parameter {index} holds values that are not finite")
         if name in NOT_NEGATIVE and bool((value < 0).any()):
             raise StateError(f"{name} of parameter {index} holds negative values")

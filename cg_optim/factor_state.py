@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 
+def factor_dtype(parameter: Tensor) -> torch.dtype:
+    """The precision of a factor's state: at least float32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
 def new_factor_state(parameter: Tensor) -> dict[str, Any]:
     """``step``, ``exp_avg`` and ``exp_avg_sq`` before the first step.
 
-    At least float32, on the parameter's device and contiguous: the moments of bf16
+    Contiguous, on the parameter's device, in :func:`factor_dtype`: the moments of bf16
     adapters would lose small gradients.
     """
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    exp_avg = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    exp_avg = torch.zeros(parameter.shape, dtype=factor_dtype(parameter), device=parameter.device)
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": exp_avg,

@@ -332,7 +332,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
     def _step_others(self) -> None:
         """torch.optim's own AdamW for everything that is in no pair."""
-        paired = {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
+        paired = self._paired()
         others: list[Tensor] = []
         skipped: list[Tensor] = []
         for group in self.param_groups:

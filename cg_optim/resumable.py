@@ -47,6 +47,10 @@ class ResumableOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _paired(self) -> set[int]:
+        """The ``id`` of every factor of a pair."""
+        return {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
+
     def _steps_taken(self) -> int:
         return int(self.param_groups[0].get("steps_taken", 0)) if self.param_groups else 0
 
@@ -131,7 +135,8 @@ class ResumableOptimizer(Optimizer):
                 hook.remove()
 
     def _check(self, state_dict: Group, incoming: list[Group]) -> None:
-        checkpoint.check(state_dict, self.param_groups, self._expected_state())
+        paired = self._paired()
+        checkpoint.check(state_dict, self.param_groups, self._expected_state(), paired)
         position = {id(p): i for i, p in enumerate(self._parameters())}
         pairs = [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
         checkpoint.check_pairs_complete(state_dict, pairs)
@@ -152,6 +157,11 @@ class ResumableOptimizer(Optimizer):
                     for name, value in saved[id(pair.A)].items()
                     if name.startswith(STATE_PREFIX)
                 }
+        paired = self._paired()
+        for plain, values in self.state.items():
+            if id(plain) not in paired:
+                # Steps write in place: not into the caller's tensors, nor into expanded ones.
+                self.state[plain] = {k: v.detach().clone() for k, v in values.items()}
         self._store.load_state(curvatures)
         self._link_curvature()
         if self._observer is not None:
