@@ -36,7 +36,7 @@ def trainer_optimizer(
     Args:
         args: The ``TrainingArguments``, or TRL's configuration.
         model: Needed only for versions of transformers that hand no model to the optimizer
-            (before 5.x); the adapter must be in it already.
+            (before 5.2); the adapter must be in it already.
         settings: Arguments of :class:`~cg_optim.CGLoRAOptimizer` that ``args`` does not
             have (``damping``, ``pairs``...), or that go before those of ``args``.
     """
