@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Given to every pip call, build environments included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: install demo test lint bench fuzz soak clean
+.PHONY: install demo test lint bench docs fuzz soak clean
 
 install: $(VENV)/installed
 
@@ -26,6 +26,9 @@ test: lint
 
 bench: install
 	for work in linear lm nlu step report; do $(BIN)/python -m benchmarks $$work --preset quick || exit $$?; done
+
+docs: install
+	$(BIN)/python -m mkdocs build
 
 # Minutes each; the test suite runs a small share of both.
 fuzz: install

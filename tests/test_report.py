@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,15 +106,8 @@ def test_without_matplotlib_it_says_so(run: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_the_command_and_that_torch_is_all_the_package_imports(run: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, tmp_path: Path) -> None:
     picture = tmp_path / "run.png"
     command = [sys.executable, "-m", "cg_optim.report", str(run), "-o", str(picture)]
     subprocess.run(command, check=True, capture_output=True)
     assert picture.exists()
-    others = "{'transformers', 'lightning', 'matplotlib', 'peft', 'accelerate'}"
-    code = (
-        "import sys, cg_optim, cg_optim.recorder, cg_optim.report, cg_optim.integrations;"
-        f"sys.exit(str({others} & set(sys.modules)) if {others} & set(sys.modules) else 0)"
-    )
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
