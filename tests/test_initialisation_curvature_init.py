@@ -219,6 +219,23 @@ def test_gradients_hooks_and_random_state_are_as_before(mode: str, fails: bool) 
     assert hook_count(model) == hooks
 
 
+def test_an_error_in_the_search_leaves_the_adapters_as_they_were() -> None:
+    model = fresh_tagger()
+    before = parameters_of(model)
+    searched = 0
+
+    def loss(model: nn.Module, data: Any) -> Tensor:
+        nonlocal searched
+        searched += not torch.is_grad_enabled()
+        if searched == 3:
+            raise KeyboardInterrupt
+        return loss_of(model, data)
+
+    with pytest.raises(KeyboardInterrupt):
+        curvature_init_(model, BATCHES, loss, mode="newton")
+    assert_equal(parameters_of(model), before)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_seed_decides(mode: str) -> None:
     def run(seed: int) -> dict[str, Tensor]:

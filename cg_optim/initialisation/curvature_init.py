@@ -64,7 +64,9 @@ def curvature_init_(
       weights back.
 
     Only active adapters are changed, and only those with ``B = 0``.  Gradients, hooks,
-    ``requires_grad`` and the random state are as before afterwards, also after an error.
+    ``requires_grad`` and the random state are as before afterwards, also after an error;
+    an error in ``loss_fn`` leaves the adapters as they were.  Distributed: call it on every
+    rank with the same batches, before the model is wrapped.
 
     Args:
         model: A model with fresh adapters, in the mode (train or eval) to be seen in.
@@ -205,8 +207,18 @@ def _newton(
 
     if length is None:
         fresh = {pair: Factors(pair.A.detach().clone(), pair.B.detach().clone()) for pair in layers}
+
+        def take_back() -> None:
+            for pair, start in fresh.items():
+                pair.A.copy_(start.down)
+                pair.B.copy_(start.up)
+
         report.loss_before = loss_now()
-        length, report.loss_after = search_length(loss_at, report.loss_before)
+        try:
+            length, report.loss_after = search_length(loss_at, report.loss_before)
+        except BaseException:
+            take_back()
+            raise
         if length == 0.0:
             warnings.warn(
                 "no step along the Newton direction lowers the loss; the adapters start with B = 0 "
@@ -214,9 +226,7 @@ def _newton(
                 NumericalWarning,
                 stacklevel=4,
             )
-            for pair, start in fresh.items():
-                pair.A.copy_(start.down)
-                pair.B.copy_(start.up)
+            take_back()
             _keep(layers)
             report.length = 0.0
             return
