@@ -72,15 +72,16 @@ def gradients_of_all_weights(bytes_each: int) -> int:
 
 
 @pytest.mark.slow
-def test_statistics_for_a_7b_model_are_a_tenth_of_its_gradients(block: Block) -> None:
+def test_statistics_for_a_7b_model_are_an_eighth_of_its_gradients(block: Block) -> None:
     report = curvature_init_(
         block, [0, 1], lambda model, seed: model(seed), pairs=block.pairs(), progress=False
     )
     assert len(report.layers) == 7
+    # The test matrices are shared by all blocks; counting them with each is on the safe side.
     whole = BLOCKS * report.bytes_held
-    assert whole < 2 * GIB
-    assert whole < gradients_of_all_weights(bytes_each=2) / 5  # in bf16
-    assert whole < gradients_of_all_weights(bytes_each=4) / 10
+    assert whole < 1.25 * GIB
+    assert whole < gradients_of_all_weights(bytes_each=2) / 8  # in bf16
+    assert whole < gradients_of_all_weights(bytes_each=4) / 16
     # Every layer holds O(n + m) numbers: no tensor is near the size of a weight.
     assert report.bytes_held < 4 * HIDDEN * INTERMEDIATE / 2
 

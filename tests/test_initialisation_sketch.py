@@ -16,6 +16,7 @@ from cg_optim.initialisation.sketch import (
     svd_of_sketches,
     total_energy,
 )
+from cg_optim.whitening import MatrixWhitening
 from tests.strategies import gaussian, generator, orthogonal, relative_error, seeds, sizes
 
 LIKE = torch.zeros((), dtype=torch.float64)
@@ -91,12 +92,12 @@ def test_the_energy_is_estimated_without_bias() -> None:
 def test_sums_over_batches_are_sketches_of_the_whole_gradient() -> None:
     source = generator(0)
     x, d = gaussian(source, 30, 7), gaussian(source, 30, 5)
-    input_test, output_test = gaussian(source, 7, 3), gaussian(source, 5, 4)
-    sketch = GradientSketch(input_test, output_test)
+    input_test, psi, k_s = gaussian(source, 7, 3), gaussian(source, 5, 4), gaussian(source, 5, 5)
+    sketch = GradientSketch(input_test, MatrixWhitening(k_s), psi)
     for part in (slice(0, 1), slice(1, 20), slice(20, 30)):
         sketch.add(x[part], d[part])
     torch.testing.assert_close(sketch.range, d.mT @ x @ input_test)
-    torch.testing.assert_close(sketch.corange, output_test.mT @ d.mT @ x)
+    torch.testing.assert_close(sketch.corange, (k_s @ psi).mT @ d.mT @ x)
 
 
 def test_test_matrices_are_scaled_orthogonal_and_depend_on_the_seed_alone() -> None:

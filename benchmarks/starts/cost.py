@@ -167,13 +167,15 @@ def table(record: dict[str, Any]) -> str:
         if "error" in cost:
             rows.append((name, cost["error"], MISSING, MISSING, MISSING))
             continue
-        own = {key: cost[key] - (0 if name == FIRST_STEP else plain[key]) for key in plain}
+        own = {
+            key: max(0.0, cost[key] - (0 if name == FIRST_STEP else plain[key])) for key in plain
+        }
         base = {key: reference[key] - plain[key] for key in plain}
         rows.append(
             (
                 'CGLoRAOptimizer(init="curvature")' if name == FIRST_STEP else name,
                 f"{own['seconds']:.2f}",
-                size(max(own["bytes"], 0)),
+                size(own["bytes"]),
                 f"{own['seconds'] / base['seconds']:.0%}",
                 f"{own['bytes'] / base['bytes']:.0%}",
             )
@@ -184,7 +186,7 @@ def table(record: dict[str, Any]) -> str:
         f"Llama of {shape['layers']} layers, d = {shape['hidden']}, float32, rank {shape['rank']}, "
         f"4 batches of {shape['batch']} x {shape['length']} tokens for all but PiSSA (none) and "
         "the optimizer's own (its first training batch; the difference between two training "
-        "steps); memory is the rise of the process's peak."
+        "steps); memory is how far the process's peak rises above that of a training step."
     )
     return f"{grid(header, rows)}\n\n{note}"
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cg_optim.initialisation.low_rank import SVD
+from cg_optim.whitening import Whitening
 
 #: Columns of the range sketch beyond the rank ``r``: as many again, and at least this many.
 #: The other sketch has ``2 k + 1`` rows (Tropp et al., eq. 4.6).
@@ -45,10 +46,12 @@ class TestMatrices:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._known: dict[tuple[int, int, int], Tensor] = {}
+        self._known: dict[tuple[object, ...], Tensor] = {}
 
     def get(self, rows: int, columns: int, like: Tensor, stream: int = 0) -> Tensor:
         """A ``(rows, columns)`` matrix in the precision and on the device of ``like``.
+
+        All who ask for the same get the same tensor; it must not be written to.
 
         Args:
             rows: At least ``columns``.
@@ -56,12 +59,12 @@ class TestMatrices:
             like: Any tensor.
             stream: Independent matrices for different purposes.
         """
-        key = (rows, columns, stream)
+        key = (rows, columns, stream, like.dtype, like.device)
         if key not in self._known:
             source = torch.Generator().manual_seed((self._seed << 1) + stream)
             start = torch.randn(rows, columns, generator=source, dtype=torch.float64)
-            self._known[key] = torch.linalg.qr(start).Q * rows**0.5
-        return self._known[key].to(like.device, like.dtype)
+            self._known[key] = (torch.linalg.qr(start).Q * rows**0.5).to(like.device, like.dtype)
+        return self._known[key]
 
 
 class GradientSketch:
@@ -69,21 +72,25 @@ class GradientSketch:
 
     Args:
         input_test: ``P``, ``(n, k)``.
-        output_test: ``Q``, ``(m, l)``.
+        k_s: ``K_S``; applied to every row, so that ``Q`` need not be held.
+        output_test: ``Psi``, ``(m, l)``, which layers of one size share.
     """
 
-    def __init__(self, input_test: Tensor, output_test: Tensor) -> None:
+    def __init__(self, input_test: Tensor, k_s: Whitening, output_test: Tensor) -> None:
         self.input_test = input_test
+        self.k_s = k_s
         self.output_test = output_test
         n, m = input_test.shape[0], output_test.shape[0]
+        #: ``Y``, ``(m, k)``.
         self.range = input_test.new_zeros(m, input_test.shape[1])
+        #: ``Z``, ``(l, n)``.
         self.corange = input_test.new_zeros(output_test.shape[1], n)
 
     def add(self, rows: Tensor, gradients: Tensor) -> None:
         """Add the rows ``x`` ``(N, n)`` and ``d`` ``(N, m)`` of one batch."""
         x, d = rows.to(self.range), gradients.to(self.range)
         self.range.addmm_(d.mT, x @ self.input_test)
-        self.corange.addmm_((d @ self.output_test).mT, x)
+        self.corange.addmm_((self.k_s.apply(d) @ self.output_test).mT, x)
 
 
 def svd_of_sketches(range_sketch: Tensor, corange_sketch: Tensor, output_test: Tensor) -> SVD:

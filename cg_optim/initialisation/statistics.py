@@ -74,6 +74,8 @@ class Statistics:
         self.sketching = False
         self._whitenings: dict[int, tuple[Whitening, Whitening]] = {}
         self._sketches: dict[int, GradientSketch] = {}
+        self._means: dict[int, float] = {}
+        self._most_bytes = 0
         self._rows = dict.fromkeys(self._outputs, 0)
         self._curvature_batches = self._gradient_batches = 0
         self._observer = CurvatureObserver(pairs, self._consume, lambda _: ())
@@ -116,24 +118,31 @@ class Statistics:
         Pairs of which nothing usable was seen are left out from here on.
         """
         self.sketching = True
-        projections: dict[tuple[int, int], Tensor] = {}
         for index, curvature in self._outputs.items():
-            pair = self._pairs[index]
             damped_x = self._inputs.damped(index, self._damping)
             damped_s = curvature.damped(self._damping)
             if damped_x is None or damped_s is None:
                 continue
-            k_x, k_s = damped_x.whitening(), damped_s.whitening()
-            self._whitenings[index] = k_x, k_s
-            like = curvature.trace
+            self._whitenings[index] = damped_x.whitening(), damped_s.whitening()
+            mean_s = float(curvature.trace) / self._pairs[index].out_features
+            self._means[index] = self._mean_of_inputs(index) * mean_s
+        self.bytes_held()
+        sharing = [self._inputs.of(index) for index in range(len(self._pairs))]
+        groups = [id(curvature) for curvature in sharing]
+        likes = {index: curvature.trace for index, curvature in self._outputs.items()}
+        # The whitenings are all that is needed of the curvature from here on.
+        self._inputs, self._outputs = CurvatureStore((), "auto"), {}
+        del sharing
+        projections: dict[tuple[int, int], Tensor] = {}
+        for index, (k_x, k_s) in self._whitenings.items():
+            pair, like = self._pairs[index], likes[index]
             k, size = sketch_sizes(pair.rank, pair.out_features, pair.in_features)
-            shared = id(damped_x), k
+            shared = groups[index], k
             if shared not in projections:
                 omega = self._tests.get(pair.in_features, k, like)
                 projections[shared] = k_x.apply_transposed(omega.mT).mT
             psi = self._tests.get(pair.out_features, size, like, stream=1)
-            output_test = k_s.apply_transposed(psi.mT).mT
-            self._sketches[index] = GradientSketch(projections[shared], output_test)
+            self._sketches[index] = GradientSketch(projections[shared], k_s, psi)
 
     # -------------------------------------------------------------------- results
 
@@ -142,15 +151,13 @@ class Statistics:
         sketch = self._sketches.get(index)
         if sketch is None:
             return None
-        pair = self._pairs[index]
         k_x, k_s = self._whitenings[index]
         whitened_range = k_s.apply(sketch.range.mT).mT
         whitened_corange = k_x.apply(sketch.corange)
         size = whitened_range.abs().max() * whitened_corange.abs().max()
         if not bool(torch.isfinite(size) & (size > 0)):
             return None
-        psi = self._tests.get(pair.out_features, sketch.corange.shape[0], size, stream=1)
-        svd = svd_of_sketches(whitened_range, whitened_corange, psi)
+        svd = svd_of_sketches(whitened_range, whitened_corange, sketch.output_test)
         energy = torch.maximum(total_energy(whitened_corange), svd.values.square().sum())
         return WhitenedLayer(svd, energy, k_x, k_s, self._scale(index))
 
@@ -161,21 +168,24 @@ class Statistics:
         ``S = N^2 E[d d^T] / c^2`` and ``G`` is the mean of ``D / c`` over the batches.
         """
         pair = self._pairs[index]
-        curvature_x = self._inputs.of(index)
-        assert curvature_x is not None
-        damped = (1.0 + self._damping) ** 2
-        mean_x = float(curvature_x.trace) / pair.in_features
-        mean_s = float(self._outputs[index].trace) / pair.out_features
+        damped = (1.0 + self._damping) ** 2 * self._means[index]
         terms = self._rows[index] / self._curvature_batches
         seen = _gradient_factor(pair)
-        return seen / (damped * mean_x * mean_s * terms**2 * self._gradient_batches * pair.scaling)
+        return seen / (damped * terms**2 * self._gradient_batches * pair.scaling)
+
+    def _mean_of_inputs(self, index: int) -> float:
+        curvature = self._inputs.of(index)
+        assert curvature is not None
+        return float(curvature.trace) / self._pairs[index].in_features
 
     def bytes_held(self) -> int:
-        """Bytes of all tensors held now, each counted once."""
+        """Most bytes that were held so far; each tensor counts once."""
         held: list[object] = [*self._inputs.distinct(), *self._outputs.values(), self._tests]
         held += [*self._whitenings.values(), *self._sketches.values()]
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors_in(held)}
-        return sum(storage.nbytes() for storage in storages.values())
+        now = sum(storage.nbytes() for storage in storages.values())
+        self._most_bytes = max(self._most_bytes, now)
+        return self._most_bytes
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
