@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cg_optim import CGLoRAOptimizer
+from cg_optim.errors import NoPairsWarning
 
 BEGIN, END = "<!-- peft-kinds:begin -->", "<!-- peft-kinds:end -->"
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -213,7 +214,9 @@ def train(kind: Kind) -> Outcome:
         kind.prepare(model)
     inputs = kind.inputs()
     targets = teacher(inputs)
-    optimizer = CGLoRAOptimizer(model, lr=LR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoPairsWarning)  # the table says so
+        optimizer = CGLoRAOptimizer(model, lr=LR)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     losses = []
     for _ in range(STEPS):

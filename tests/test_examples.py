@@ -7,13 +7,14 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import OptimizerTypeError, ParameterError
@@ -108,6 +109,25 @@ def test_own_layers_are_pairs_and_loralib_says_what_is_not() -> None:
     for left, reason in (("embed.lora_A", "embedding"), ("qkv.lora_B", "fused projections")):
         (line,) = [line for line in summary.splitlines() if line.lstrip().startswith(left)]
         assert reason in line
+
+
+def test_the_default_learning_rate_learns_as_fast_as_adamw_at_its_own() -> None:
+    def gain(make: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
+        model = raw_loop.language_model_with_lora()
+        optimizer = make(model)
+        loader = DataLoader(raw_loop.Windows(), batch_size=16)
+        losses = []
+        for _ in range(8):
+            for batch in loader:
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss.detach()))
+        return sum(losses[:4]) - sum(losses[-4:])
+
+    adamw = gain(lambda model: torch.optim.AdamW(p for p in model.parameters() if p.requires_grad))
+    assert gain(CGLoRAOptimizer) > 0.9 * adamw > 0
 
 
 # ------------------------------------------------------------------ Hugging Face Trainer
