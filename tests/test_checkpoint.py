@@ -13,10 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import StateError
@@ -26,7 +22,6 @@ from tests.models import (
     batch,
     curvature_state,
     loss_of,
-    parameters_of,
     snapshot,
     tagger,
     train,
@@ -179,46 +174,6 @@ def test_inputs_shared_before_saving_are_stored_once_after_loading() -> None:
             for layer in (block.q, block.k, block.v, block.up)
         }
         assert len(grams) == 2
-
-
-# ------------------------------------------------------------------ distributed style
-
-
-def test_distributed_checkpoint_initialises_a_fresh_optimizer_without_moving_anything() -> None:
-    model = tagger()
-    optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    before = parameters_of(model)
-    state = get_optimizer_state_dict(model, optimizer)
-    assert_equal(parameters_of(model), before)
-    assert set(state["state"]) == set(before)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
-    assert "input_gram" in state["state"]["blocks.0.q.lora_A.weight"]
-
-
-@pytest.mark.parametrize("steps", [3, 13])
-def test_distributed_checkpoint_resumes_bitwise_on_a_fresh_optimizer(steps: int) -> None:
-    model = tagger()
-    optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    train(model, optimizer, range(steps))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    other = tagger(seed=7)
-    other.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed = CGLoRAOptimizer(other, lr=0.5)
-    set_optimizer_state_dict(other, resumed, saved)
-    train(model, optimizer, range(steps, steps + 5))
-    train(other, resumed, range(steps, steps + 5))
-    assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
-
-
-def test_sharing_is_still_found_after_an_empty_first_step() -> None:
-    """State that exists only to be saved must not keep q, k and v apart for good."""
-    model = tagger()
-    optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    get_optimizer_state_dict(model, optimizer)
-    train(model, optimizer, range(2))
-    block = model.blocks[0]
-    layers = (block.q, block.k, block.v)
-    assert len({optimizer.state[x.lora_A.weight]["input_gram"].data_ptr() for x in layers}) == 1
 
 
 # -------------------------------------------------------------------------- refusals

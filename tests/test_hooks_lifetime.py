@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from cg_optim import CGLoRAOptimizer
@@ -68,6 +70,10 @@ def test_an_optimizer_that_is_dropped_takes_its_hooks_along() -> None:
     loss_of(model, batch()).backward()
 
 
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
 def _torch_save(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -75,7 +81,7 @@ def _torch_save(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, _torch_save])
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _torch_save])
 def test_copies_of_the_model_are_inert_and_the_original_keeps_its_hooks(
     copied: Callable[[nn.Module], nn.Module],
 ) -> None:
@@ -90,6 +96,21 @@ def test_copies_of_the_model_are_inert_and_the_original_keeps_its_hooks(
     trained = CGLoRAOptimizer(double, lr=1e-2)
     train(double, trained, range(2))
     assert curvature_state(double, trained)
+
+
+def test_an_average_of_the_weights_kept_beside_the_training_changes_nothing() -> None:
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for step in range(4):
+        train(model, optimizer, [step])
+        average.update_parameters(model)
+        with torch.no_grad():
+            loss_of(average, batch(70))
+        loss_of(average, batch(71)).backward()  # even if somebody trains it
+        train(reference, other, [step])
+    assert_equal(snapshot(model, optimizer), snapshot(reference, other))
+    assert not torch.equal(average.module.head.weight, model.head.weight)
 
 
 def test_two_optimizers_on_one_model_see_the_same() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cg_optim import CGLoRAOptimizer
+from cg_optim.errors import NumericalWarning
 from tests.models import (
     Batch,
     Tagger,
@@ -165,61 +167,105 @@ def test_autocast_keeps_the_statistics_in_full_precision() -> None:
             assert float(torch.linalg.eigvalsh(value.double())[0]) > -1e-6
 
 
-# ---------------------------------------------------------------------- gradient scaler
+def test_packed_sequences_train_like_separate_ones() -> None:
+    """Two sequences in one row, kept apart by a block-diagonal mask."""
+
+    def packed(model: nn.Module, data: Batch) -> Tensor:
+        tokens, _, labels = (tensor.reshape(len(tensor) // 2, -1) for tensor in data)
+        owner = torch.arange(tokens.shape[1]) // data[0].shape[1]
+        apart = owner[:, None] == owner[None, :]
+        logits = forward_within(model, tokens, apart)
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    assert_same_training(trained(loss=packed, padded=False), trained(padded=False))
 
 
-class ScaledTraining:
-    """Training through ``GradScaler("cpu")`` with chosen overflows."""
-
-    def __init__(self, set_to_none: bool, **scaler: Any) -> None:
-        self.model = tagger()
-        self.optimizer = CGLoRAOptimizer(self.model, lr=1e-2)
-        self.scaler = torch.amp.GradScaler("cpu", **scaler)
-        self.set_to_none = set_to_none
-        self.taken = 0
-
-    def step(self, data: Batch, factor: float = 1.0) -> None:
-        before = self.optimizer.param_groups[0].get("steps_taken", 0)
-        loss = loss_of(self.model, data) * factor
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1e3)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=self.set_to_none)
-        self.taken += self.optimizer.param_groups[0].get("steps_taken", 0) - before
+def forward_within(model: nn.Module, tokens: Tensor, allowed: Tensor) -> Tensor:
+    """The tagger's forward with a mask for each pair of tokens."""
+    x = model.embed(tokens)
+    for block in model.blocks:
+        seen = block.norm(x)
+        scores = block.q(seen) @ block.k(seen).mT / seen.shape[-1] ** 0.5
+        x = x + scores.masked_fill(~allowed, -1e4).softmax(-1) @ block.v(seen)
+        x = x + block.down(functional.gelu(block.up(x)))
+    return model.head(x)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_gradient_scaler_that_grows_and_overflows_is_not_seen(set_to_none: bool) -> None:
-    scaled = ScaledTraining(set_to_none, init_scale=2.0**10, growth_interval=2)
-    scales = set()
-    for step in range(6):
-        scaled.step(batch(step, padded=True))
-        scaled.step(batch(80 + step), factor=float("inf"))
-        scales.add(scaled.scaler.get_scale())
-    assert scaled.taken == 6
-    assert len(scales) > 1
-    reference = tagger()
-    other = CGLoRAOptimizer(reference, lr=1e-2)
-    train(reference, other, range(6), padded=True)
-    assert_same_training((scaled.model, scaled.optimizer), (reference, other), rtol=1e-4)
-    assert not any(scaled.optimizer.diagnostics().values())
+def test_layers_frozen_for_a_while_stay_and_come_back() -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    train(model, optimizer, range(2))
+    frozen = [p for p in model.blocks[0].parameters() if p.requires_grad]
+    before, state = parameters_of(model.blocks[0]), curvature_state(model.blocks[0], optimizer)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    train(model, optimizer, range(2, 5))
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    assert_equal(parameters_of(model.blocks[0]), before)
+    assert_equal(curvature_state(model.blocks[0], optimizer), state)
+    train(model, optimizer, range(5, 7))
+    after = parameters_of(model.blocks[0])
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(optimizer.diagnostics().values())
 
 
-def test_an_overflow_in_the_forward_leaves_no_trace() -> None:
-    """Inputs that are not finite belong to the step that never happens."""
-    scaled = ScaledTraining(True, init_scale=2.0**10)
-    poison = scaled.model.blocks[0].norm.weight
-    for step in range(3):
-        healthy = poison.detach().clone()
-        poison.data.fill_(float("inf"))
-        scaled.step(batch(90 + step))
-        poison.data.copy_(healthy)
-        scaled.step(batch(step, padded=True))
-    assert scaled.taken == 3
-    assert not any(scaled.optimizer.diagnostics().values())
-    reference = tagger()
-    other = CGLoRAOptimizer(reference, lr=1e-2)
-    train(reference, other, range(3), padded=True)
-    assert_same_training((scaled.model, scaled.optimizer), (reference, other), rtol=1e-4)
+def test_a_layer_frozen_from_the_start_is_no_business_of_the_optimizer() -> None:
+    model, reference = tagger(), tagger()
+    for each in (model, reference):
+        each.blocks[0].requires_grad_(False)
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    mine = [p for p in reference.parameters() if p.requires_grad]
+    other = CGLoRAOptimizer(mine, lr=1e-2, model=reference.blocks[1])
+    train(model, optimizer, range(4))
+    train(reference, other, range(4))
+    assert_equal(parameters_of(model), parameters_of(reference))
+    assert set(curvature_state(model, optimizer)) == set(curvature_state(reference, other))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float64, 1e-3, 1e-5), (torch.bfloat16, 0.05, 0.03)]
+)
+def test_other_precisions_train_like_single_precision(
+    dtype: torch.dtype, rtol: float, atol: float
+) -> None:
+    model = tagger().to(dtype)
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    train(model, optimizer, range(4), padded=True)
+    found = {name: value.float() for name, value in parameters_of(model).items()}
+    assert_close(found, parameters_of(trained()[0]), rtol=rtol, atol=atol)
+
+
+def test_clipping_of_a_gradient_that_is_not_finite_skips_the_step() -> None:
+    """The total norm is NaN, and clipping makes every gradient so."""
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    train(model, optimizer, range(2))
+    train(reference, other, range(2))
+    loss_of(model, batch(50)).backward()
+    model.head.weight.grad[0, 0] = torch.nan
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = parameters_of(model)
+    with pytest.warns(NumericalWarning):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert_equal(parameters_of(model), before)
+    assert optimizer.diagnostics()["pair skipped"] == 10
+    assert optimizer.diagnostics()["parameter skipped"] == 6
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e3])
+def test_clipping_acts_as_it_does_for_adam(max_norm: float) -> None:
+    """The clipped gradient is the gradient: the same as a loss scaled by hand."""
+    model, reference = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)
+    for step in range(4):
+        loss_of(model, batch(step)).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        factor = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        (loss_of(reference, batch(step)) * factor).backward()
+        other.step()
+        other.zero_grad()
+    assert_same_training((model, optimizer), (reference, other))
