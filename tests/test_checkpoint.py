@@ -131,6 +131,22 @@ def test_state_follows_the_precision_of_the_model_it_is_loaded_for() -> None:
     train(double, other, range(3, 5))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_follows_the_model_to_its_device() -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    train(model, optimizer, range(3))
+    moved = copy.deepcopy(model).cuda()
+    other = CGLoRAOptimizer(moved, lr=1e-2)
+    other.load_state_dict(optimizer.state_dict())
+    for parameter, values in other.state.items():
+        assert {v.device for n, v in values.items() if n != "step"} == {parameter.device}
+    loss_of(moved, tuple(tensor.cuda() for tensor in batch(3))).backward()
+    other.step()
+    assert not any(other.diagnostics().values())
+
+
 def test_loading_drops_statistics_of_a_backward_without_a_step() -> None:
     model, reference = tagger(), tagger()
     optimizer, other = CGLoRAOptimizer(model, lr=1e-2), CGLoRAOptimizer(reference, lr=1e-2)

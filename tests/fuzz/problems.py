@@ -94,6 +94,10 @@ def draw(choose: random.Random) -> Problem:
     """One random problem; torch's global generator makes the entries."""
     n, m = (choose.choice((1, 2, 3, 4, 5, 8, 12)) for _ in range(2))
     r = choose.choice((1, 1, 2, 3, 8, 17))
+    if choose.random() < 0.2:  # something ordinary, which the others must not disturb
+        b_scale = choose.choice((0.0, 1.0))
+        layer = Layer(n, m, r, 1.0, b_scale)
+        return Problem(layer, choose.randint(1, 7), "gaussian", 1.0, 1.0, (1.0, b_scale))
     a_scale = 0.0 if choose.random() < 0.1 else scale(choose)
     b_scale = 0.0 if choose.random() < 0.3 else scale(choose)
     problem = Problem(
