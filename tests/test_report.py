@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,10 @@ def test_without_matplotlib_it_says_so(run: Path, monkeypatch: pytest.MonkeyPatc
         draw(read_run(run), Path("unused.png"))
 
 
-@pytest.mark.slow
-def test_the_command(run: Path, tmp_path: Path) -> None:
+def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "run.png"
-    command = [sys.executable, "-m", "cg_optim.report", str(run), "-o", str(picture)]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["report", str(run), "-o", str(picture)])
+    monkeypatch.delitem(sys.modules, "cg_optim.report")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("cg_optim.report", run_name="__main__")
     assert picture.exists()
