@@ -379,8 +379,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
         Call it after ``backward()`` and before ``zero_grad()``; without gradients the
         numbers about the step are NaN.  They are computed here and now: training is not
-        slower, nor another one, whether this is called or not.  One call costs about two
-        steps and waits for the GPU.
+        slower, nor another one, whether this is called or not.  One call takes as long as a
+        few steps, because pairs are looked at one by one, and waits for the GPU.
         """
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         layers = []

@@ -40,7 +40,7 @@ class RunRecorder:
     Args:
         path: The file; its folder must exist.
         optimizer: A ``CGLoRAOptimizer``, wrapped by Accelerate or Lightning or not.
-        every: Steps between two looks; a look costs about two optimizer steps.
+        every: Steps between two looks; a look costs as much time as a few optimizer steps.
 
     Raises:
         HyperparameterError: If ``every`` is not a positive integer.
