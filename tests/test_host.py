@@ -146,6 +146,24 @@ def test_a_step_reads_nothing(dtype: torch.dtype, lr: Any) -> None:
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_checkpointing_and_clipping_read_nothing(
+    checkpointing: str | None, set_to_none: bool
+) -> None:
+    model = tagger(checkpointing=checkpointing)
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
+    for step in STEPS:
+        with nobody_waits():
+            for part in range(2):
+                loss_of(model, batch(10 * step + part)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
 def test_with_leading_directions_only_their_eigenvalues_are_waited_for() -> None:
     model = tagger()
     optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
