@@ -6,6 +6,7 @@ decade: at 30 steps the best rate of a start is not that of its optimizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,11 @@ def table(comparison: Comparison, out: Path) -> str:
         plain = method.follows or ("cg" if method.options else None)
         paired = None if plain is None else paired_difference(mine, losses.get(plain, {}))
         mean, spread = mean_and_spread(list(mine.values()))
+        if not math.isfinite(mean):
+            bad = sum(not math.isfinite(loss) for loss in mine.values())
+            text = f"{bad} of {len(mine)} diverged or failed"
+            rows.append((mean, (method.title, f"{choice.lr:g}", text, MISSING, MISSING)))
+            continue
         change = MISSING if paired is None else difference(paired)
         cells = (method.title, f"{choice.lr:g}", plus_minus((mean, spread)), change)
         rows.append((mean, (*cells, verdict(paired))))
