@@ -20,7 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import NoPairsWarning
 
-BEGIN, END = "<!-- peft-kinds:begin -->", "<!-- peft-kinds:end -->"
+from .marked_block import refresh_block
+from .report.table import grid
+
+BLOCK = "peft-kinds"
 README = Path(__file__).resolve().parents[1] / "README.md"
 WIDTH, STEPS, LR = 12, 40, 1e-2
 
@@ -253,28 +256,13 @@ def _listed(reasons: Counter[str]) -> str:
     return "; ".join(f"{count}: {reason}" for count, reason in counts)
 
 
-def render(rows: list[tuple[str, ...]]) -> str:
-    """The table in Markdown, without the markers."""
-    lines = [HEADER, ("---",) * len(HEADER), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def with_table(text: str, table: str) -> str:
-    """A text with this table between its markers.
-
-    Raises:
-        ValueError: If a marker is missing.
-    """
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:start]}\n{table}\n{text[end:]}"
-
-
 def main() -> None:
     """Train all kinds and write the table."""
     rows = [row(kind, train(kind).optimizer.summary()) for kind in KINDS]
-    text = README.read_text(encoding="utf-8")
-    README.write_text(with_table(text, render(rows)), encoding="utf-8")
-    print(render(rows))
+    table = grid(HEADER, rows)
+    if not refresh_block(README, BLOCK, table):
+        raise ValueError(f"{README.name} has no markers for the block {BLOCK!r}")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -33,17 +33,25 @@ def check_group(group: Group) -> None:
     for name in ("eps", "weight_decay"):
         if not _is_number(group[name]) or not 0.0 <= group[name] < math.inf:
             raise HyperparameterError(f"{name} is {group[name]!r}; expected a number >= 0")
-    damping = group["damping"]
-    if not _is_number(damping) or not 0.0 < damping < math.inf:
-        raise HyperparameterError(
-            f"damping is {damping!r}; expected a number > 0 (relative to the mean curvature)"
-        )
+    check_damping(group["damping"])
     for name in ("amsgrad", "maximize"):
         if group.get(name):
             raise HyperparameterError(
                 f"{name} is {group[name]!r} in a parameter group; CGLoRAOptimizer has no such "
                 "variant, remove it"
             )
+
+
+def check_damping(damping: object) -> None:
+    """Check a relative damping.
+
+    Raises:
+        HyperparameterError: If it is not a finite number above 0.
+    """
+    if not _is_number(damping) or not 0.0 < damping < math.inf:  # type: ignore[operator]
+        raise HyperparameterError(
+            f"damping is {damping!r}; expected a number > 0 (relative to the mean curvature)"
+        )
 
 
 def check_one_model(first: nn.Module, second: nn.Module | None) -> None:

@@ -28,7 +28,7 @@ from cg_optim.initialisation.first_step import FirstStep, with_changed_gradient
 from cg_optim.initialisation.fresh import check_rank
 from cg_optim.linalg import Rung, recorded_rungs
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
-from cg_optim.pairs import LoRAPair
+from cg_optim.pairs import LoRAPair, factor_ids
 from cg_optim.plain_step import step_plain
 from cg_optim.resumable import Group, ResumableOptimizer
 from cg_optim.rule import AdamSettings, Moments
@@ -236,7 +236,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         return loss
 
     def _step_pairs(self) -> None:
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        group_of = self._group_of()
         changes = self._initialise(group_of) if self._init_pending() else {}
         moving = [
             (index, pair)
@@ -332,7 +332,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
     def _step_others(self) -> None:
         """torch.optim's own AdamW for everything that is in no pair."""
-        paired = self._paired()
+        paired = factor_ids(self._pairs)
         others: list[Tensor] = []
         skipped: list[Tensor] = []
         for group in self.param_groups:
@@ -382,7 +382,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         slower, nor another one, whether this is called or not.  One call takes as long as a
         few steps, because pairs are looked at one by one, and waits for the GPU.
         """
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        group_of = self._group_of()
         layers = []
         for index, pair in enumerate(self._pairs):
             # Looking must not create state: get, not an index into the defaultdict.

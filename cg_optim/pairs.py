@@ -8,6 +8,7 @@ and computes ``x @ A @ B``; :attr:`LoRAPair.transposed` marks those.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -128,6 +129,11 @@ class LoRAPair:
         """
         a_matrix, b_matrix = a_like.flatten(1), b_like.flatten(1)
         return (a_matrix.t(), b_matrix.t()) if self.transposed else (a_matrix, b_matrix)
+
+
+def factor_ids(pairs: Iterable[LoRAPair]) -> set[int]:
+    """The ``id`` of every factor of the pairs."""
+    return {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
 
 
 def check_unique(pairs: list[LoRAPair]) -> None:

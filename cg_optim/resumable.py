@@ -17,7 +17,7 @@ from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
 from cg_optim.factor_state import as_factor_state
 from cg_optim.hooks import CurvatureObserver
 from cg_optim.initialisation.first_step import FirstStep
-from cg_optim.pairs import LoRAPair
+from cg_optim.pairs import LoRAPair, factor_ids
 
 Group = dict[str, Any]
 
@@ -47,9 +47,9 @@ class ResumableOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _paired(self) -> set[int]:
-        """The ``id`` of every factor of a pair."""
-        return {id(p) for pair in self._pairs for p in (pair.A, pair.B)}
+    def _group_of(self) -> dict[int, Group]:
+        """The group of each parameter, by its ``id``."""
+        return {id(p): group for group in self.param_groups for p in group["params"]}
 
     def _steps_taken(self) -> int:
         return int(self.param_groups[0].get("steps_taken", 0)) if self.param_groups else 0
@@ -135,7 +135,7 @@ class ResumableOptimizer(Optimizer):
                 hook.remove()
 
     def _check(self, state_dict: Group, incoming: list[Group]) -> None:
-        paired = self._paired()
+        paired = factor_ids(self._pairs)
         checkpoint.check(state_dict, self.param_groups, self._expected_state(), paired)
         position = {id(p): i for i, p in enumerate(self._parameters())}
         pairs = [(position[id(pair.A)], position[id(pair.B)]) for pair in self._pairs]
@@ -157,7 +157,7 @@ class ResumableOptimizer(Optimizer):
                     for name, value in saved[id(pair.A)].items()
                     if name.startswith(STATE_PREFIX)
                 }
-        paired = self._paired()
+        paired = factor_ids(self._pairs)
         for plain, values in self.state.items():
             if id(plain) not in paired:
                 # Steps write in place: not into the caller's tensors, nor into expanded ones.

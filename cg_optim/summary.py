@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cg_optim.pairs import LoRAPair
+from cg_optim.pairs import LoRAPair, factor_ids
 
 COLUMNS = ("layer", "kind", "A", "B", "rank", "scaling", "curvature")
 
@@ -50,7 +50,7 @@ def _left_to_adamw(
     left_out: Mapping[str, str],
     model: nn.Module | None,
 ) -> list[str]:
-    paired = {id(p) for pair in pairs for p in (pair.A, pair.B)}
+    paired = factor_ids(pairs)
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     others = [p for group in groups for p in group["params"] if id(p) not in paired]
     total = sum(p.numel() for p in others)

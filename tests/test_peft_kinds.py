@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from benchmarks import peft_kinds
-from benchmarks.peft_kinds import KINDS, Kind, Outcome, render, row, with_table
+from benchmarks.marked_block import with_block
+from benchmarks.peft_kinds import BLOCK, HEADER, KINDS, Kind, Outcome, row
+from benchmarks.report.table import grid
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import NoPairsWarning
 
@@ -65,4 +67,5 @@ def test_the_readme_shows_this_table() -> None:
         pytest.importorskip(kind.needs)
     rows = [row(kind, outcome(i).optimizer.summary()) for i, kind in enumerate(KINDS)]
     text = peft_kinds.README.read_text(encoding="utf-8")
-    assert with_table(text, render(rows)) == text, "run python -m benchmarks.peft_kinds"
+    table = grid(HEADER, rows)
+    assert with_block(text, BLOCK, table) == text, "run python -m benchmarks.peft_kinds"

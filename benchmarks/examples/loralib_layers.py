@@ -5,11 +5,10 @@ from __future__ import annotations
 import loralib
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cg_optim import CGLoRAOptimizer
 
-from .small import Windows
+from .small import train_next_byte
 
 
 class NextByte(nn.Module):
@@ -33,15 +32,7 @@ def train(steps: int = 40) -> tuple[list[float], CGLoRAOptimizer]:
     model = NextByte()
     loralib.mark_only_lora_as_trainable(model)
     optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    fives = Windows().bytes.flatten()[:1000].view(-1, 5)
-    losses = []
-    for _ in range(steps):
-        loss = functional.cross_entropy(model(fives[:, :4]), fives[:, 4])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, optimizer
+    return train_next_byte(model, optimizer, steps), optimizer
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cg_optim import CGLoRAOptimizer, LoRAPair
 
-from .small import Windows
+from .small import train_next_byte
 
 
 class LoRALinear(nn.Module):
@@ -60,15 +59,7 @@ def train(steps: int = 40) -> tuple[list[float], CGLoRAOptimizer]:
         output_module=bottleneck.restore,
     )
     optimizer = CGLoRAOptimizer(model, lr=1e-2, pairs=[declared])
-    fives = Windows().bytes.flatten()[:1000].view(-1, 5)
-    losses = []
-    for _ in range(steps):
-        loss = functional.cross_entropy(model(fives[:, :4]), fives[:, 4])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, optimizer
+    return train_next_byte(model, optimizer, steps), optimizer
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import inspect
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ..language_model import LanguageModelRecipe, build_model
@@ -44,3 +46,16 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.bytes[index], "labels": self.bytes[index]}
+
+
+def train_next_byte(model: nn.Module, optimizer: Optimizer, steps: int) -> list[float]:
+    """The losses of a model ``(N, 4)`` bytes -> ``(N, 256)`` that learns what comes next."""
+    fives = Windows().bytes.flatten()[:1000].view(-1, 5)
+    losses = []
+    for _ in range(steps):
+        loss = functional.cross_entropy(model(fives[:, :4]), fives[:, 4])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses

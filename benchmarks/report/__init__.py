@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..marked_block import refresh_block
 from ..usage import UsageError
 from .measures import Measures, measure
 from .plots import draw
@@ -13,7 +14,8 @@ from .summary import summary
 from .table import tables
 from .topics import Topic, topics
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BLOCK = "results"
+"""Name of the block that the report fills."""
 ROOT = Path(__file__).resolve().parents[2]
 """The repository, whose READMEs show the committed results."""
 
@@ -41,8 +43,8 @@ def write_report(out: Path, *, refresh: bool) -> None:
     if refresh:
         benchmarks = ROOT / "benchmarks"
         way = f"{out.resolve().relative_to(benchmarks).as_posix()}/"
-        refresh_block(benchmarks / "README.md", "\n\n".join(text(way) for text in sections))
-        refresh_block(ROOT / "README.md", summary(found))
+        refresh_block(benchmarks / "README.md", BLOCK, "\n\n".join(text(way) for text in sections))
+        refresh_block(ROOT / "README.md", BLOCK, summary(found))
 
 
 def _trained(found: Sequence[tuple[Topic, Sequence[Measures]]], out: Path) -> list[Section]:
@@ -69,16 +71,3 @@ def _section(label: str, text: str, pictures: Sequence[tuple[str, Path]]) -> Sec
         return "\n\n".join([f"### {label}", text, *images])
 
     return written
-
-
-def refresh_block(path: Path, text: str) -> bool:
-    """Replace what stands between the markers in ``path``; whether there were any."""
-    if not text or not path.is_file():
-        return False
-    old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        return False
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    return True

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cells import write_json
+from ..marked_block import refresh_block
 from ..usage import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN, END = "<!-- starts:begin -->", "<!-- starts:end -->"
+COSTS = "cost.json"
 ACTIONS = ("cost", "compare", "table")
 
 
@@ -42,7 +45,7 @@ def _cost(options: argparse.Namespace) -> None:
     from . import cost
 
     record = cost.measure_all(cost.Shape(), threads=1)
-    cost.write(options.out / "cost.json", record)
+    write_json(options.out / COSTS, record)
     print(cost.table(record))
 
 
@@ -68,15 +71,13 @@ def _table(options: argparse.Namespace) -> None:
 
     found = comparisons(options.data, options.steps, options.tasks, options.methods)
     parts = [text for one in found if (text := table(one, options.out))]
-    if (options.out / "cost.json").is_file():
-        parts.append(cost.table(cost.read(options.out / "cost.json")))
+    costs = options.out / COSTS
+    if costs.is_file():
+        parts.append(cost.table(json.loads(costs.read_text(encoding="utf-8"))))
     text = "\n\n".join(parts)
     print(text)
-    old = README.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if text and begin and end and options.out.resolve() == RESULTS:
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if options.out.resolve() == RESULTS:
+        refresh_block(README, "starts", text)
 
 
 if __name__ == "__main__":

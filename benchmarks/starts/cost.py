@@ -7,10 +7,7 @@ the process rises above what the model and one training step of the plain adapte
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +18,11 @@ from torch import Tensor, nn
 
 from .. import language_model
 from ..adapters import linear_layers
-from ..cells import environment, write_json
+from ..cells import environment
 from ..problem import LoraSettings, Problem
 from ..report.table import MISSING, grid, size
 from ..stdlib_texts import english_text
+from ..training import peak_memory
 
 STARTS = (
     None, "lora-ga", "eva", "pissa", "corda",
@@ -152,8 +150,7 @@ def _first_step(problem: CostProblem) -> dict[str, float]:
 
 
 def _peak() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return peak_memory(torch.device("cpu"))["peak_memory"]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -189,14 +186,3 @@ def table(record: dict[str, Any]) -> str:
         "steps); memory is how far the process's peak rises above that of a training step."
     )
     return f"{grid(header, rows)}\n\n{note}"
-
-
-def write(path: Any, record: dict[str, Any]) -> None:
-    """Keep a record."""
-    write_json(path, record)
-
-
-def read(path: Any) -> dict[str, Any]:
-    """A record kept before."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from cg_optim import arguments
 from cg_optim.alignment import Factors
-from cg_optim.errors import HyperparameterError, InitialisationError, NumericalWarning
+from cg_optim.errors import HyperparameterError, InitialisationError, NumericalWarning, warn
 from cg_optim.initialisation.base_weights import BaseWeight, find_base_weights, move
 from cg_optim.initialisation.fresh import check_fresh
 from cg_optim.initialisation.low_rank import balanced_factors, row_space, with_norm_of
@@ -164,8 +163,7 @@ def _check_numbers(
         raise HyperparameterError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if length is not None and not 0.0 < length < math.inf:
         raise HyperparameterError(f"length is {length!r}; expected a number > 0, or None")
-    if not 0.0 < damping < math.inf:
-        raise HyperparameterError(f"damping is {damping!r}; expected a number > 0")
+    arguments.check_damping(damping)
     if curvature is None:
         raise HyperparameterError("curvature is None; expected 'auto', 'dense' or an integer")
     arguments.check_curvature(curvature)
@@ -220,11 +218,10 @@ def _newton(
             take_back()
             raise
         if length == 0.0:
-            warnings.warn(
+            warn(
                 "no step along the Newton direction lowers the loss; the adapters start with B = 0 "
                 "as in mode 'keep'",
                 NumericalWarning,
-                stacklevel=4,
             )
             take_back()
             _keep(layers)

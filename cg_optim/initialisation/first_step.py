@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed
 
 from cg_optim.damped import DampedInput
+from cg_optim.factor_state import factor_dtype
 from cg_optim.initialisation.fresh import is_fresh
 from cg_optim.initialisation.low_rank import row_space, with_norm_of
 from cg_optim.initialisation.sketch import TestMatrices, right_vectors, sketch_sizes
@@ -63,8 +64,7 @@ class FirstStep:
     def consume(self, index: int, rows: Tensor, gradients: Tensor) -> None:
         """Add the rows ``x`` ``(N, n)`` and output gradients ``(N, m)`` of a pair."""
         pair = self._pairs[index]
-        dtype = torch.promote_types(pair.A.dtype, torch.float32)
-        x, d = (value.to(pair.A.device, dtype) for value in (rows, gradients))
+        x, d = (value.to(pair.A.device, factor_dtype(pair.A)) for value in (rows, gradients))
         if index not in self._sketches:
             self._sketches[index] = self._blank(pair)
         sketch = self._sketches[index]
@@ -73,8 +73,8 @@ class FirstStep:
 
     def _blank(self, pair: LoRAPair) -> Tensor:
         _, rows = sketch_sizes(pair.rank, pair.out_features, pair.in_features)
-        dtype = torch.promote_types(pair.A.dtype, torch.float32)
-        return torch.zeros(rows, pair.in_features, dtype=dtype, device=pair.A.device)
+        shape = rows, pair.in_features
+        return torch.zeros(shape, dtype=factor_dtype(pair.A), device=pair.A.device)
 
     def discard(self, indices: Iterable[int] | None = None) -> None:
         """Drop the sketches of some pairs, or all."""

@@ -13,15 +13,18 @@ import pytest
 from benchmarks import report
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell, Result, save, write_json
+from benchmarks.marked_block import markers, refresh_block
 from benchmarks.methods import METHODS
 from benchmarks.metrics import Paired, Width
-from benchmarks.report import BEGIN, END, plots, refresh_block, styles
+from benchmarks.report import BLOCK, plots, styles
 from benchmarks.report.measures import NOWHERE, Measures, Reach, gap, measure
 from benchmarks.report.step_cost import lines, step_costs, step_text
 from benchmarks.report.summary import summary_row
 from benchmarks.report.table import MISSING, markdown, number, plus_minus, size, tables, width
 from benchmarks.report.topics import Topic, make_topic, topics
 from benchmarks.sweep import Entry, Ledger, Study, plan
+
+BEGIN, END = markers(BLOCK)
 
 BASE = {"adamw": 2.0, "cg": 1.0, "full-adamw": 0.5}
 TITLES = {"adamw": "AdamW", "cg": "ours", "full-adamw": "full"}
@@ -388,8 +391,8 @@ def test_the_whole_report_and_the_blocks_of_the_readmes(
 def test_only_the_block_between_markers_changes(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(f"a\n{BEGIN}\nold\n{END}\nb\n")
-    assert refresh_block(path, "new")
+    assert refresh_block(path, BLOCK, "new")
     assert path.read_text() == f"a\n{BEGIN}\nnew\n{END}\nb\n"
     path.write_text("no markers")
-    assert not refresh_block(path, "new")
+    assert not refresh_block(path, BLOCK, "new")
     assert path.read_text() == "no markers"
