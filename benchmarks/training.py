@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,10 +136,20 @@ def synchronised(device: torch.device) -> Callable[[], float]:
     return clock
 
 
+def _peak_resident() -> int:
+    """Most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux ru_maxrss starts at the peak of the parent process
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory of this process, and of the device if there is one, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"peak_memory": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    peak = {"peak_memory": float(_peak_resident())}
     if device.type == "cuda":
         peak["peak_device_memory"] = float(torch.cuda.max_memory_allocated(device))
     return peak
