@@ -24,6 +24,9 @@ def check_group(group: Group) -> None:
         HyperparameterError: If a value is out of range.
     """
     _check_lr(group["lr"])
+    momentum = group["momentum"]
+    if not _is_number(momentum) or not 0.0 <= momentum < 1.0:
+        raise HyperparameterError(f"momentum is {momentum!r}; expected 0 <= momentum < 1")
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise HyperparameterError(f"betas is {betas!r}; expected two numbers, e.g. (0.9, 0.999)")

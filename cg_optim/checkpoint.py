@@ -54,7 +54,7 @@ def check(
         )
     if not all(isinstance(i, (int, str)) for ids in saved_ids for i in ids):
         raise StateError("the state dict is damaged: 'params' holds something that is no index")
-    required = {"lr", "betas", "eps", "weight_decay", "damping"}
+    required = {"lr", "momentum", "betas", "eps", "weight_decay", "damping"}
     for index, group in enumerate(saved_groups):
         if missing := required - set(group):
             raise StateError(

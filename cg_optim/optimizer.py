@@ -65,7 +65,10 @@ class CGLoRAOptimizer(ResumableOptimizer):
             not a module.
         pairs: Pairs declared by hand, in addition to those found; they take
             precedence.
-        betas: Decay of the first and second moment.
+        momentum: Decay of the mean gradient of LoRA factors, in place of ``betas[0]``: see
+            :mod:`cg_optim.rule`.
+        betas: Decay of the first and second moment, as in AdamW; LoRA factors use the
+            second only.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, as in AdamW, for all parameters.
         damping: Damping of both factors' input curvature relative to its mean eigenvalue.
@@ -97,6 +100,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         *,
         model: nn.Module | None = None,
         pairs: Iterable[LoRAPair] = (),
+        momentum: float = 0.8,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -110,6 +114,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         defaults = arguments.plain_numbers(
             {
                 "lr": lr,
+                "momentum": momentum,
                 "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
@@ -308,7 +313,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
                 Moments(state["step"], means[which], squares[which]),
                 group["lr"],
                 group["weight_decay"],
-                AdamSettings(group["betas"][0], group["betas"][1], group["eps"]),
+                AdamSettings(group["momentum"], group["betas"][1], group["eps"]),
             )
 
         return PairWork(

@@ -7,17 +7,28 @@ coordinates in which their *input* is white:
 .. math::
     K_A K_A^T = X^{-1}, \qquad K_B K_B^T = P^{-1}, \quad P = A X A^T
 
-    \Delta M = -\eta \, \rho \; U K^T, \qquad
+    \Delta M = -\eta \, \rho \, \tau \; U K^T, \qquad
     U = \hat m K / (\sqrt{\hat v} + \epsilon), \qquad
-    \hat v = \text{EMA}[(G K)^2], \qquad
-    \rho = \|U\|_F / \|U K^T\|_F
+    \hat v = \text{EMA}[(G K)^2],
+
+    \rho = \|U\|_F / \|U K^T\|_F, \qquad
+    \tau = \min(1, \sqrt{\max(\text{rows}, d)} / \|U\|_2)
 
 The second moment takes the part of the output-side curvature (``Q = B^T T B`` for A,
 ``T`` for B): it is a diagonal estimate of it in the whitened coordinates.  The factor
 ``rho`` keeps the step as long as Adam's own, which is what makes AdamW's learning rates
-carry over ("grafting", Agarwal et al. 2020, arXiv:2002.11803); with ``K = I`` the rule
-*is* Adam.  The first moment is kept in plain coordinates, so it stays valid when ``K``
-changes.  Every function works on stacks: leading dimensions are batch dimensions.
+carry over ("grafting", Agarwal et al. 2020, arXiv:2002.11803).
+
+``tau`` bounds the spectral norm of the step.  A matrix of independent entries of size one
+has a spectral norm little above ``sqrt(max(rows, d))``; Adam's first steps have entries of
+size one that are *not* independent (the signs of a few outer products), and a spectral
+norm up to ``sqrt(min(rows, d))`` times larger.  These are the steps at which too large a
+learning rate breaks LoRA; bounded, the same run stands a rate two to three times larger.
+
+``m`` is Nesterov's look-ahead of a momentum shorter than Adam's (0.8 by default), which is
+late by a good part of the few hundred steps that fine-tuning takes.  It is kept in plain
+coordinates, so it stays valid when ``K`` changes.  Every function works on stacks: leading
+dimensions are batch dimensions.
 
 ``X`` and ``P`` carry the same damping relative to their mean eigenvalues.  It is what the
 rule is most sensitive to beside the learning rate: little of it fits the training
@@ -40,14 +51,23 @@ from cg_optim.whitening import MatrixWhitening, Whitening
 
 #: Raised with every change of the mathematics or of the curvature's schedule, so that
 #: benchmark results of an older method are not taken for this one's.
-RULE_VERSION = 2
+RULE_VERSION = 3
+
+#: Largest spectral norm of a step, in units of ``lr * sqrt(max(rows, d))``.
+SPECTRAL_BOUND = 1.0
 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """Adam's constants for one factor; see ``torch.optim.AdamW``."""
+    """Constants of the step of one factor.
 
-    beta1: float
+    Attributes:
+        momentum: Decay of the mean gradient.
+        beta2: Decay of the mean squared gradient, as in ``torch.optim.AdamW``.
+        eps: Added to its root.
+    """
+
+    momentum: float
     beta2: float
     eps: float
 
@@ -100,18 +120,22 @@ def whitened_adam(
         settings: Adam's constants.
     """
     step = moments.step + 1
-    exp_avg = torch.lerp(moments.exp_avg, grad, 1 - settings.beta1)
+    momentum = settings.momentum
+    exp_avg = torch.lerp(moments.exp_avg, grad, 1 - momentum)
     whitened = grad if whitening is None else whitening.apply(grad)
     exp_avg_sq = moments.exp_avg_sq * settings.beta2 + whitened.square() * (1 - settings.beta2)
 
-    first = bias_correction(settings.beta1, step).to(grad.dtype)[..., None, None]
+    # The look-ahead weighs t + 1 gradients: its weights sum to 1 - momentum^(t + 1).
+    first = bias_correction(momentum, step + 1).to(grad.dtype)[..., None, None]
     second = bias_correction(settings.beta2, step).sqrt().to(grad.dtype)[..., None, None]
-    mean = exp_avg if whitening is None else whitening.apply(exp_avg)
+    ahead = torch.lerp(exp_avg, grad, 1 - momentum)
+    mean = ahead if whitening is None else whitening.apply(ahead)
     scale = exp_avg_sq.sqrt() / second + settings.eps
     if settings.eps == 0:
         scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)  # A's gradient at B = 0 is zero
     unit = (mean / first) / scale
     value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
+    value = value * spectral_shortening(unit)
 
     usable = all_finite(value) & all_finite(exp_avg_sq)
     return Direction(value, Moments(step, exp_avg, exp_avg_sq), usable)
@@ -122,6 +146,35 @@ def _with_norm_of(reference: Tensor, matrix: Tensor) -> Tensor:
     wanted = torch.linalg.matrix_norm(reference, keepdim=True)
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     return matrix * torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
+
+
+def spectral_shortening(matrix: Tensor) -> Tensor:
+    """The factor ``tau <= 1`` that brings a step within :data:`SPECTRAL_BOUND`.
+
+    The spectral norm is bounded from above by the Schatten norm of order 32, which needs
+    products only: at most ``r^(1/32)`` too large for a matrix of rank ``r``, a tenth for
+    rank 16.
+
+    Args:
+        matrix: ``(..., rows, d)``.
+
+    Returns:
+        ``(..., 1, 1)``.
+    """
+    rows, columns = matrix.shape[-2:]
+    # Entries are scaled to at most one: nothing overflows on the way to the 32nd power.
+    largest = matrix.abs().amax((-2, -1), keepdim=True)
+    unit = matrix / torch.where(largest > 0, largest, 1.0)
+    power = unit @ unit.mT if rows <= columns else unit.mT @ unit
+    norm = largest
+    for order in (2, 4, 8):
+        size = torch.linalg.matrix_norm(power, keepdim=True)
+        norm = norm * size ** (1.0 / order)
+        power = power / torch.where(size > 0, size, 1.0)
+        power = power @ power
+    norm = norm * torch.linalg.matrix_norm(power, keepdim=True) ** (1.0 / 16.0)
+    bound = SPECTRAL_BOUND * math.sqrt(max(rows, columns))
+    return torch.where(norm > bound, bound / norm, 1.0)
 
 
 def hidden_whitening(

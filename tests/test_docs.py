@@ -116,6 +116,8 @@ def test_the_method_page_describes_this_rule() -> None:
     assert f"first {curvature_store.WARM_UP_STEPS} steps" in text
     assert f"every {curvature_store.INTERVAL}th" in text
     assert f"\\lambda = {damping}," in text
+    momentum = inspect.signature(CGLoRAOptimizer).parameters["momentum"].default
+    assert f"\\beta = {momentum}$ (`momentum`)" in text
     assert f"keep {input_curvature.DEFAULT_RANK} directions" in text
     dense = [n for n in range(1, 999) if input_curvature.directions(n, "auto") is None]
     assert f"size up to {max(dense)} keep the whole" in text
@@ -123,7 +125,7 @@ def test_the_method_page_describes_this_rule() -> None:
 
 def test_equations_are_numbered_in_order() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    assert re.findall(r"\\tag\{(\d+)\}", text) == [str(i) for i in range(1, 14)]
+    assert re.findall(r"\\tag\{(\d+)\}", text) == [str(i) for i in range(1, 15)]
 
 
 # --------------------------------------------------------------------------- code in it

@@ -34,6 +34,8 @@ BAD_NUMBERS: list[tuple[dict[str, Any], str]] = [
     ({"lr": torch.tensor([0.1, 0.2])}, r"\(2,\)"),
     ({"lr": torch.tensor(-1.0)}, "-1.0"),
     ({"lr": torch.tensor(NAN)}, "nan"),
+    ({"momentum": 1.0}, "momentum is 1.0"),
+    ({"momentum": NAN}, "momentum is nan"),
     ({"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0"),
     ({"betas": (0.9, -0.1)}, r"betas\[1\] is -0.1"),
     ({"betas": (0.9, NAN)}, r"betas\[1\] is nan"),

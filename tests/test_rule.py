@@ -12,9 +12,17 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from cg_optim.damped import DampedGram
-from cg_optim.rule import AdamSettings, Moments, bias_correction, hidden_whitening, whitened_adam
+from cg_optim.rule import (
+    AdamSettings,
+    Moments,
+    bias_correction,
+    hidden_whitening,
+    spectral_shortening,
+    whitened_adam,
+)
 
 SETTINGS = AdamSettings(0.9, 0.999, 1e-8)
+NO_MOMENTUM = AdamSettings(0.0, 0.999, 1e-8)
 
 
 def fresh(*shape: int, dtype: torch.dtype = torch.float64) -> Moments:
@@ -39,16 +47,63 @@ def damped(x: Tensor, damping: float) -> DampedGram:
     return DampedGram.from_gram(x, x.diagonal().mean(), damping)
 
 
-def test_without_whitening_it_is_adam() -> None:
+def test_without_whitening_and_momentum_it_is_bounded_adam() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
-    adam = AdamW([parameter], lr=1.0, weight_decay=0.0)
-    moments, value = fresh(3, 5), torch.zeros(3, 5, dtype=torch.float64)
+    adam = AdamW([parameter], lr=1.0, weight_decay=0.0, betas=(0.0, 0.999))
+    moments = fresh(3, 5)
     for grad in gradients(7, 3, 5):
+        before = parameter.detach().clone()
         parameter.grad = grad.clone()
         adam.step()
-        direction = whitened_adam(grad, moments, None, SETTINGS)
-        moments, value = direction.moments, value - direction.value
-        torch.testing.assert_close(value, parameter.detach())
+        direction = whitened_adam(grad, moments, None, NO_MOMENTUM)
+        moments, step = direction.moments, before - parameter.detach()
+        torch.testing.assert_close(direction.value, step * spectral_shortening(step))
+
+
+def test_the_look_ahead_is_a_weighted_mean_of_all_gradients() -> None:
+    """Nesterov: the newest gradient counts as if it came twice; the weights sum to one."""
+    momentum, grads = 0.7, gradients(5, 2, 3)
+    moments = fresh(2, 3)
+    for count, grad in enumerate(grads, start=1):
+        direction = whitened_adam(grad, moments, None, AdamSettings(momentum, 0.999, 1e-8))
+        moments = direction.moments
+        weights = [momentum ** (count - i) for i in range(count)]  # the oldest first
+        weights[-1] += 1.0
+        total = sum(weights)
+        mean = sum((w / total * g for w, g in zip(weights, grads, strict=False)), torch.zeros(2, 3))
+        square = sum(0.999 ** (count - 1 - i) * 0.001 * grads[i].square() for i in range(count))
+        unit = mean / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+        torch.testing.assert_close(direction.value, unit * spectral_shortening(unit))
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.floats(1e-30, 1e30),
+)
+@settings(deadline=None, max_examples=80)
+def test_the_spectral_norm_of_a_step_is_bounded(
+    seed: int, rows: int, columns: int, rank: int, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(rows, rank, generator=generator)
+    right = torch.randn(rank, columns, generator=generator)
+    matrix = (left @ right) / (left @ right).abs().max().clamp_min(1e-6) * scale
+    tau = float(spectral_shortening(matrix))
+    bound = math.sqrt(max(rows, columns))
+    norm = float(torch.linalg.matrix_norm(matrix.double(), ord=2))
+    loosest = min(rows, columns) ** (1 / 32)
+    assert tau * norm <= bound * (1 + 1e-5)
+    if norm * loosest <= bound * (1 - 1e-5):
+        assert tau == 1.0
+    else:
+        assert tau * norm * loosest >= bound * (1 - 1e-4) or tau == 1.0
+
+
+def test_a_step_of_zero_is_not_shortened() -> None:
+    assert spectral_shortening(torch.zeros(2, 3, 4)).tolist() == [[[1.0]], [[1.0]]]
 
 
 def test_isotropic_inputs_give_adam() -> None:
@@ -67,17 +122,17 @@ def test_it_is_adam_in_the_whitened_coordinates_as_long_as_adam_there() -> None:
     k = torch.linalg.inv(whitening.factor).T
     torch.testing.assert_close(k @ k.T, torch.linalg.inv(whitening.factor @ whitening.factor.T))
     parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
-    adam = AdamW([parameter], lr=1.0, weight_decay=0.0)
+    adam = AdamW([parameter], lr=1.0, weight_decay=0.0, betas=(0.0, 0.999))
     moments = fresh(3, 5)
     for grad in gradients(6, 3, 5):
         before = parameter.detach().clone()
         parameter.grad = grad @ k
         adam.step()
         unit = before - parameter.detach()
-        direction = whitened_adam(grad, moments, whitening, SETTINGS)
+        direction = whitened_adam(grad, moments, whitening, NO_MOMENTUM)
         moments = direction.moments
         expected = unit @ k.T
-        expected = expected * unit.norm() / expected.norm()
+        expected = expected * unit.norm() / expected.norm() * spectral_shortening(unit)
         torch.testing.assert_close(direction.value, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -170,5 +225,6 @@ def test_without_eps_entries_that_never_had_a_gradient_stay() -> None:
     grad = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
     direction = whitened_adam(grad, fresh(2, 2), None, AdamSettings(0.9, 0.999, 0.0))
     assert bool(direction.usable)
+    # Both entries of size one make a spectral norm of sqrt(2), which is the bound.
     expected = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(direction.value, expected)

@@ -118,6 +118,7 @@ def settings(choose: random.Random) -> dict[str, Any]:
     """Hyper-parameters, ordinary and not."""
     return {
         "lr": choose.choice((0.0, 1e-6, 1e-3, 1e-3, 1e-2, 1e-2, 1.0, 1e3, 1e30)),
+        "momentum": choose.choice((0.0, 0.5, 0.8, 0.999)),
         "betas": (
             choose.choice((0.0, 0.5, 0.9, 0.999)),
             choose.choice((0.0, 0.9, 0.999, 1 - 1e-9)),
