@@ -139,7 +139,6 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                     settings=settings,
                     data=data,
                     device=device,
-                    reporting_seeds=(1, 2, 3) if preset == "full" else (1, 2),
                     methods=METHODS[preset],
                     knobs=preset == "full",
                     refine=preset == "full",

@@ -118,7 +118,6 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 data=None if from_python else data,
                 device=device,
                 lr_scale=LR_SCALE,
-                reporting_seeds=(1, 2, 3) if preset == "full" else (1, 2),
                 methods=METHODS if preset == "full" else ("adamw", "full-adamw", "cg"),
                 knobs=False,
                 refine=preset == "full",
