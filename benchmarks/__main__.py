@@ -40,7 +40,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "on where it was stopped.",
     )
     parser.add_argument("works", nargs="+", metavar="work", help=", ".join(WORKS))
-    parser.add_argument("--preset", choices=("tiny", "quick", "full", "gpu"), default="quick")
+    parser.add_argument(
+        "--preset", choices=("tiny", "quick", "medium", "full", "gpu"), default="quick"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="your own data, see README.md")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="e.g. adamw cg[damping=1]")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")

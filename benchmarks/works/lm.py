@@ -28,7 +28,9 @@ from ..language_model import LanguageModelRecipe
 from ..problem import LoraSettings, Problem
 from . import Report, Task, files_identity, find
 
-PRESETS = ("tiny", "quick", "full", "gpu")
+PRESETS = ("tiny", "quick", "medium", "full", "gpu")
+THOROUGH = ("medium", "full")
+"""Presets with every task, the fine grid, second knobs and all measures."""
 
 SOURCES = ("wikitext2", "tinyshakespeare", "multi30k_en", "source")
 TARGETS = {
@@ -46,6 +48,7 @@ BASES: dict[str, LanguageModelRecipe] = {
         batch_size=8, steps=30,
     ),
     "quick": LanguageModelRecipe("quick", steps=400, bf16=True),
+    "medium": LanguageModelRecipe("medium", steps=700, bf16=True),
     "full": LanguageModelRecipe(
         "full", hidden_size=256, layers=6, heads=8, intermediate_size=688, batch_size=16,
         steps=2000, learning_rate=2e-3, bf16=True,
@@ -55,18 +58,22 @@ BASES: dict[str, LanguageModelRecipe] = {
         batch_size=64, steps=1000, learning_rate=6e-4, bf16=True,
     ),
 }  # fmt: skip
-"""Pretrained bases; ``full`` takes about 15 minutes on two cores, ``quick`` less than two."""
+"""Pretrained bases: ``full`` takes about 15 minutes on two cores, ``medium`` 3, ``quick`` 2."""
 
 BATCHES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {"b4": {"batch": 4, "rank": 2, "steps": 12}},
     "quick": {"b8": {"batch": 8, "rank": 8, "steps": 60}},
+    "medium": {
+        "b8": {"batch": 8, "rank": 8, "steps": 80},
+        "b32": {"batch": 32, "rank": 16, "steps": 80},
+    },
     "full": {
         "b8": {"batch": 8, "rank": 8, "steps": 120},
         "b32": {"batch": 32, "rank": 16, "steps": 80},
     },
     "gpu": {"b64": {"batch": 64, "rank": 16, "steps": 80}},
 }
-WINDOWS = {"tiny": 8, "quick": 48, "full": 64, "gpu": 64}
+WINDOWS = {"tiny": 8, "quick": 48, "medium": 64, "full": 64, "gpu": 64}
 """Held-out windows in each half."""
 PREDICTED_WINDOWS = 24
 """Windows of the ``report`` half whose predictions are kept for the divergences."""
@@ -74,6 +81,7 @@ PREDICTED_WINDOWS = 24
 METHODS = {
     "tiny": ("adamw", "full-adamw", "cg"),
     "quick": ("adamw", "full-adamw", "cg", "soap", "lora+"),
+    "medium": (),
     "full": (),
     "gpu": ("adamw", "full-adamw", "cg"),
 }
@@ -92,7 +100,7 @@ def _target_names(preset: str, data: Path | None) -> list[str]:
     found = [name for name, folder in TARGETS.items() if (data / folder).is_dir()]
     if not found:
         raise DataFileError(data, f"has none of the target folders {', '.join(TARGETS.values())}")
-    return found if preset == "full" else found[:1]
+    return found if preset in THOROUGH else found[:1]
 
 
 def _target_files(data: Path, name: str) -> tuple[Path, Path]:
@@ -140,9 +148,9 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                     data=data,
                     device=device,
                     methods=METHODS[preset],
-                    knobs=preset == "full",
-                    refine=preset == "full",
-                    extras=preset == "full",
+                    knobs=preset in THOROUGH,
+                    refine=preset in THOROUGH,
+                    extras=preset in THOROUGH,
                     order=len(found),
                 )
             )

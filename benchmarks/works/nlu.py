@@ -29,7 +29,9 @@ from ..errors import DataFileError
 from ..problem import LoraSettings, Problem
 from . import Report, Task, files_identity, find
 
-PRESETS = ("tiny", "quick", "full")
+PRESETS = ("tiny", "quick", "medium", "full")
+THOROUGH = ("medium", "full")
+"""Presets with every task and the fine grid."""
 
 SEARCH = "search"
 DOCSTRINGS = "docstrings"
@@ -37,7 +39,7 @@ FEW_SHOT = (8, 32)
 """Training texts per class of the few-shot variants."""
 TASKS = ("cola", "mrpc", "rte", "banking77", "sst2", "trec6")
 FULL = ("cola", "mrpc", "rte", "banking77", "banking77-8", "banking77-32", SEARCH, "sst2", "trec6")
-"""Tasks of the full preset, the ones that decide most first."""
+"""Tasks of the thorough presets, the ones that decide most first."""
 METHODS = ("adamw", "full-adamw", "cg", "soap", "lora+")
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -48,6 +50,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {
         "batch": 16, "steps": 24, "rank": 8, "length": 40, "half": 100, "every": 12,
         "search_batch": 16, "search_steps": 16,
+    },
+    "medium": {
+        "batch": 16, "steps": 60, "rank": 8, "length": 48, "half": 200, "every": 20,
+        "search_batch": 32, "search_steps": 40,
     },
     "full": {
         "batch": 16, "steps": 100, "rank": 8, "length": 48, "half": 400, "every": 20,
@@ -69,7 +75,7 @@ def _names(preset: str, data: Path | None) -> list[str]:
     }
     if not found:
         raise DataFileError(data, "has no folder with the files train.tsv and dev.tsv (or .gz)")
-    if preset != "full":
+    if preset not in THOROUGH:
         first = next((name for name in TASKS if name in found), min(found))
         return [first, SEARCH]
     listed = [n for n in FULL if n == SEARCH or _folder_name(n) in found]
@@ -118,9 +124,9 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 data=None if from_python else data,
                 device=device,
                 lr_scale=LR_SCALE,
-                methods=METHODS if preset == "full" else ("adamw", "full-adamw", "cg"),
+                methods=METHODS if preset in THOROUGH else ("adamw", "full-adamw", "cg"),
                 knobs=False,
-                refine=preset == "full",
+                refine=preset in THOROUGH,
                 extras=False,
                 order=len(found),
             )
