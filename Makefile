@@ -22,7 +22,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: install
 	for work in linear lm nlu step report; do $(BIN)/python -m benchmarks $$work --preset quick || exit $$?; done
