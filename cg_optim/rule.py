@@ -164,17 +164,20 @@ def spectral_shortening(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape[-2:]
     # Entries are scaled to at most one: nothing overflows on the way to the 32nd power.
     largest = matrix.abs().amax((-2, -1), keepdim=True)
-    unit = matrix / torch.where(largest > 0, largest, 1.0)
+    largest = torch.where(largest > 0, largest, 1.0)
+    unit = matrix / largest
     power = unit @ unit.mT if rows <= columns else unit.mT @ unit
-    norm = largest
+    norm = torch.ones_like(largest)
     for order in (2, 4, 8):
         size = torch.linalg.matrix_norm(power, keepdim=True)
         norm = norm * size ** (1.0 / order)
         power = power / torch.where(size > 0, size, 1.0)
         power = power @ power
     norm = norm * torch.linalg.matrix_norm(power, keepdim=True) ** (1.0 / 16.0)
-    bound = SPECTRAL_BOUND * math.sqrt(max(rows, columns))
-    return torch.where(norm > bound, bound / norm, 1.0)
+    # One division after the other: the norm of large entries may be beyond the largest number.
+    factor = SPECTRAL_BOUND * math.sqrt(max(rows, columns)) / largest / norm
+    # NaN is no reason to hide what is not finite behind a factor.
+    return torch.where(factor < 1, factor, 1.0)
 
 
 def hidden_whitening(

@@ -106,6 +106,103 @@ def test_a_step_of_zero_is_not_shortened() -> None:
     assert spectral_shortening(torch.zeros(2, 3, 4)).tolist() == [[[1.0]], [[1.0]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.floats(0.0, 1.0))
+@settings(max_examples=40)
+def test_steps_of_any_size_are_bounded_in_any_precision(
+    dtype: torch.dtype, seed: int, rows: int, columns: int, part: float
+) -> None:
+    """From the smallest denormal to the largest number, where the norm itself overflows."""
+    numbers = torch.finfo(dtype)
+    smallest, largest = (
+        math.log2(x) for x in (numbers.smallest_normal * numbers.eps, numbers.max / 2)
+    )
+    exponent = smallest + part * (largest - smallest)
+    matrix = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)).double()
+    matrix = (matrix * 2.0**exponent).to(dtype)
+    tau = spectral_shortening(matrix).double()
+    assert 0.0 < float(tau) <= 1.0
+    norm, bound = torch.linalg.matrix_norm(matrix.double(), ord=2), math.sqrt(max(rows, columns))
+    # A factor below the smallest normal number is not exact.
+    rounding = 16 * numbers.eps * bound + norm * numbers.smallest_normal * numbers.eps
+    assert float(tau * norm) <= bound + float(rounding)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_shortening_does_not_hide_what_is_not_finite(bad: float) -> None:
+    matrix = torch.full((3, 4, 5), 7.0)
+    expected = spectral_shortening(matrix)
+    matrix[1, 2, 3] = bad
+    tau = spectral_shortening(matrix)
+    assert torch.equal(tau[::2], expected[::2])
+    assert not bool(torch.isfinite(matrix[1] * tau[1]).all())
+
+
+KINDS = {
+    "gaussian": lambda x: x,
+    "a row of zeros": lambda x: x * (torch.arange(x.shape[-2]) > 0)[:, None],
+    "one entry": lambda x: x * (torch.arange(x.numel()) == 0).view_as(x),
+    "constant": torch.ones_like,
+    "rank one": lambda x: x[:, :1] * x[:1],
+    "wide range": lambda x: x * torch.logspace(0, -40, x.numel(), dtype=x.dtype).view_as(x),
+    "zero": torch.zeros_like,
+}
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(sorted(KINDS)),
+    st.floats(-1.0, 0.49),
+    st.sampled_from([0.0, 0.5, 0.8, 0.999, 1 - 1e-9]),
+    st.sampled_from([0.0, 0.9, 0.999, 1 - 1e-9]),
+    st.sampled_from([0.0, 1e-30, 1e-8, 1.0]),
+    st.sampled_from([0.0, 1.0, 1e3, 2.0**24, 1e12]),
+)
+@settings(max_examples=250)
+def test_no_finite_gradient_makes_a_step_that_is_not_finite_or_not_bounded(
+    seed: int,
+    dtype: torch.dtype,
+    kind: str,
+    size: float,
+    momentum: float,
+    beta2: float,
+    eps: float,
+    taken: float,
+) -> None:
+    """Gradients up to the root of the largest number, of which the squares are finite.
+
+    ``size`` is their logarithm relative to that of the largest number; -1 is denormal.
+    """
+    adam = AdamSettings(momentum, beta2, eps)
+    scale = torch.finfo(dtype).max ** size
+    moments = fresh(3, 4, dtype=dtype)._replace(step=torch.tensor(taken))
+    for number in range(3):
+        (grad,) = gradients(1, 3, 4, seed=seed + number)
+        grad = (KINDS[kind](grad.clamp(-3, 3)) * scale).to(dtype)
+        direction = whitened_adam(grad, moments, None, adam)
+        moments = direction.moments
+        assert bool(direction.usable)
+        for tensor in (direction.value, *moments):
+            assert bool(torch.isfinite(tensor).all())
+        norm = torch.linalg.matrix_norm(direction.value.double(), ord=2)
+        assert float(norm) <= 2.0 * (1 + 1e-5)
+        assert float(moments.step) == float(
+            torch.tensor(min(taken + number + 1, max(taken, 2.0**24)))
+        )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8, 0.999])
+def test_after_very_many_steps_bias_corrections_are_gone(momentum: float) -> None:
+    """The count, in float32 as torch.optim's, stops at ``2^24``; nothing depends on it there."""
+    adam, (grad, *_) = AdamSettings(momentum, 0.999, 1e-8), gradients(1, 3, 4)
+    start = fresh(3, 4)._replace(exp_avg=grad, exp_avg_sq=grad.square())
+    for taken in (1e6, 2.0**24, 1e30):
+        direction = whitened_adam(grad, start._replace(step=torch.tensor(taken)), None, adam)
+        unit = grad / (grad.abs() + 1e-8)
+        torch.testing.assert_close(direction.value, unit * spectral_shortening(unit))
+
+
 def test_isotropic_inputs_give_adam() -> None:
     whitening = damped(7.0 * torch.eye(5, dtype=torch.float64), 0.3).whitening()
     plain, white = fresh(3, 5), fresh(3, 5)
