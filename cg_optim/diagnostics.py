@@ -50,7 +50,8 @@ class LayerDiagnostics:
             LAMB call the trust ratio.
         relative_step_B: ``|dB| / |B|``; NaN while ``B`` is zero.
         update_size_A: Root mean square entry of ``dA`` in units of the learning rate: 1
-            where every entry moves by ``lr``, as in Adam's first step.
+            where every entry moves by ``lr``, as in Adam's first step; the bound on the
+            spectral norm makes it shorter.
         update_size_B: The same of ``dB``.
         predicted_decrease: ``-<G_A, dA> - <G_B, dB>``: by how much the loss falls to first
             order, in units of the loss.

@@ -68,6 +68,10 @@ class UnobservedPairWarning(CGOptimWarning):
     """A pair gets gradients but its curvature hooks do not fire."""
 
 
+class IgnoredSettingWarning(CGOptimWarning):
+    """A setting of the training framework means nothing to the LoRA factors."""
+
+
 class NumericalWarning(CGOptimWarning):
     """A numerical failure was absorbed; see ``optimizer.diagnostics()`` for counts."""
 

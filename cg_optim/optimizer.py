@@ -50,8 +50,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
     run; ``torch._dynamo.reset()`` after building it makes up for an earlier compilation of
     a model of the same class.  The hooks stay on the model until :meth:`remove_hooks`, or
     leave the ``with`` block when the optimizer is used as a context manager.  A numerical
-    failure is absorbed,
-    counted in :meth:`diagnostics` and warned about once per kind.
+    failure is absorbed, counted in :meth:`diagnostics` and warned about once per kind.
 
     ``copy.deepcopy`` and ``pickle`` work on the model and its optimizer *together*, e.g. as
     a tuple: the copied optimizer then trains the copied model.  A copied model alone is
@@ -68,7 +67,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         momentum: Decay of the mean gradient of LoRA factors, in place of ``betas[0]``: see
             :mod:`cg_optim.rule`.
         betas: Decay of the first and second moment, as in AdamW; LoRA factors use the
-            second only.
+            second only, so schedulers that cycle ``betas[0]`` do not reach them.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, as in AdamW, for all parameters.
         damping: Damping of both factors' input curvature relative to its mean eigenvalue.

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cg_optim import CGLoRAOptimizer
-from cg_optim.errors import OptimizerTypeError, ParameterError
+from cg_optim.errors import CGOptimWarning, IgnoredSettingWarning, OptimizerTypeError, ParameterError
 from cg_optim.recorder import read_run
 from tests.models import assert_equal, parameters_of
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 from benchmarks.examples import (
     accelerate_loop,
     loralib_layers,
     own_layer,
     raw_loop,
+    small,
     trainer,
 )
 
@@ -203,16 +205,54 @@ def test_the_factory_takes_its_settings_from_the_arguments(tmp_path: Path) -> No
     given = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.2}
     args = trainer.arguments(tmp_path, learning_rate=3e-3, **given)
     expected = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.2}
+    expected["momentum"] = 0.7
     model = trainer.language_model_with_lora()
-    for form in (trainer_optimizer(args, damping=2.0), trainer_optimizer(args, model, damping=2.0)):
+    more = {"damping": 2.0, "momentum": 0.7}
+    for form in (trainer_optimizer(args, **more), trainer_optimizer(args, model, **more)):
         built = trainer.transformers.Trainer(model, args, optimizer_cls_and_kwargs=form)
         group = built.create_optimizer().param_groups[0]
         assert {name: group[name] for name in expected} == expected
         assert group["damping"] == 2.0
         built.optimizer.remove_hooks()
-    form = trainer_optimizer(args, lr=1e-4)
+    form = trainer_optimizer(args, lr=1e-4, momentum=0.7)
     built = trainer.transformers.Trainer(model, args, optimizer_cls_and_kwargs=form)
     assert built.create_optimizer().param_groups[0]["lr"] == 1e-4
+
+
+def test_a_beta1_that_does_not_reach_the_pairs_is_warned_about(tmp_path: Path) -> None:
+    from cg_optim.integrations.transformers import trainer_optimizer
+
+    args = trainer.arguments(tmp_path, adam_beta1=0.95)
+    with pytest.warns(IgnoredSettingWarning, match=r"adam_beta1=0\.95.*momentum") as caught:
+        trainer_optimizer(args)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CGOptimWarning)
+        trainer_optimizer(args, momentum=0.8)
+        trainer_optimizer(trainer.arguments(tmp_path, learning_rate=0.1, weight_decay=0.3))
+
+
+def test_the_factory_decays_what_the_trainer_itself_decays(tmp_path: Path) -> None:
+    """No decay for biases and normalisation layers; LoRA factors of one group stay in it."""
+    from cg_optim.integrations.transformers import trainer_optimizer
+
+    torch.manual_seed(0)
+    config = small.lora_config()
+    config.lora_bias, config.modules_to_save = True, ["norm"]
+    model = peft.get_peft_model(small.language_model(), config)
+    args = trainer.arguments(tmp_path, weight_decay=0.3)
+
+    def decays(**form: Any) -> dict[str, float]:
+        built = trainer.transformers.Trainer(model, args, **form)
+        groups = built.create_optimizer().param_groups
+        names = {p: name for name, p in model.named_parameters()}
+        return {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+
+    ours = decays(optimizer_cls_and_kwargs=trainer_optimizer(args))
+    assert ours == decays()
+    undecayed = {name.rpartition(".")[2] for name, decay in ours.items() if decay == 0}
+    assert undecayed == {"bias", "weight"}
+    assert {decay for name, decay in ours.items() if "lora_A" in name} == {0.3}
 
 
 def test_the_class_alone_does_not_see_the_learning_rate_of_the_arguments(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from cg_optim.diagnostics import LayerDiagnostics, scalars
-from cg_optim.errors import ParameterError
+from cg_optim.errors import IgnoredSettingWarning, ParameterError, warn
 from cg_optim.integrations.wrappers import unwrap
 from cg_optim.optimizer import CGLoRAOptimizer
 from cg_optim.recorder import RunRecorder
@@ -31,18 +31,40 @@ def trainer_optimizer(
     The Trainer itself hands its ``learning_rate``, ``weight_decay``, ``adam_beta1``,
     ``adam_beta2`` and ``adam_epsilon`` to no optimizer it is given; this does.  The
     optimizer is built when training starts, on the model that trains: after TRL has added
-    the adapter of its ``peft_config``, and after wrapping.
+    the adapter of its ``peft_config``, and after wrapping.  Biases and normalisation layers
+    get no weight decay, as with the Trainer's own AdamW.
+
+    ``adam_beta1`` is for parameters outside LoRA pairs.  The factors of the pairs have a
+    momentum of another kind (:mod:`cg_optim.rule`), which ``TrainingArguments`` does not
+    know: ``trainer_optimizer(args, momentum=...)``.
 
     Args:
         args: The ``TrainingArguments``, or TRL's configuration.
         model: Needed only for versions of transformers that hand no model to the optimizer
-            (before 5.2); the adapter must be in it already.
+            (before 5.2); the adapter must be in it already.  Weight decay is then for
+            biases and normalisation layers too.
         settings: Arguments of :class:`~cg_optim.CGLoRAOptimizer` that ``args`` does not
-            have (``damping``, ``pairs``...), or that go before those of ``args``.
+            have (``momentum``, ``damping``, ``pairs``...), or that go before those of
+            ``args``.
+
+    Warns:
+        IgnoredSettingWarning: If ``args`` has an ``adam_beta1`` other than AdamW's, and no
+            ``momentum`` is given.
     """
+    if args.adam_beta1 != _USUAL_BETA1 and not settings.keys() & {"momentum", "betas"}:
+        warn(
+            f"adam_beta1={args.adam_beta1:g} goes to the parameters outside LoRA pairs only; the "
+            "factors of the pairs keep their momentum unless you write "
+            "trainer_optimizer(args, momentum=...)",
+            IgnoredSettingWarning,
+        )
     if model is not None:
         return CGLoRAOptimizer, {"model": model, **_settings_of(args), **settings}
     return TrainerOptimizerFactory, {"args": args, **settings}
+
+
+#: The ``adam_beta1`` of ``TrainingArguments`` that nobody has touched.
+_USUAL_BETA1 = 0.9
 
 
 def _settings_of(args: Any) -> dict[str, Any]:
@@ -52,6 +74,17 @@ def _settings_of(args: Any) -> dict[str, Any]:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
+
+
+def _by_decay(model: nn.Module) -> list[dict[str, Any]]:
+    """The two groups in which the Trainer itself puts the parameters; one may be empty."""
+    # The method looks at the model only; it is the one place where the Trainer says which.
+    decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    training = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in training if name in decayed]},
+        {"params": [p for name, p in training if name not in decayed], "weight_decay": 0.0},
+    ]
 
 
 class TrainerOptimizerFactory:
@@ -70,7 +103,9 @@ class TrainerOptimizerFactory:
 
     def __call__(self, model: nn.Module, *, args: Any, **settings: Any) -> CGLoRAOptimizer:
         """The optimizer for all that trains in ``model``."""
-        return CGLoRAOptimizer(model, **{**_settings_of(args), **settings})
+        return CGLoRAOptimizer(
+            _by_decay(model), **{"model": model, **_settings_of(args), **settings}
+        )
 
 
 class DiagnosticsCallback(TrainerCallback):
