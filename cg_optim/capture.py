@@ -30,7 +30,7 @@ class Capture:
     __slots__ = (
         "__weakref__",
         "_mask",
-        "_node",
+        "_saved",
         "_waiting",
         "_x",
         "generation",
@@ -44,7 +44,8 @@ class Capture:
         save: Any = _Save.apply  # torch leaves it without types
         # Autograd refuses to save inference tensors (frozen features computed earlier).
         kept = x.clone() if x.is_inference() else x.detach()
-        self._node: Any = save(anchor, kept).grad_fn
+        # The output and not its grad_fn: up to torch 2.11 a node dies with its output.
+        self._saved: Any = save(anchor, kept)
         self._x: Tensor | None = None
         self._mask: Tensor | None = None
         self._waiting = 0
@@ -68,7 +69,7 @@ class Capture:
 
     def accepts(self, pair_index: int) -> bool:
         """A pair joins once per forward; a second use of the same input counts anew."""
-        untouched = self._x is None and self._node is not None
+        untouched = self._x is None and self._saved is not None
         return untouched and pair_index not in self.pair_indices
 
     def add_pair(self, pair_index: int) -> None:
@@ -79,11 +80,11 @@ class Capture:
     def gradient_arrived(self, grad_out: Tensor) -> bool:
         """Note the rows of ``(..., m)`` that have a gradient; True when no pair is missing."""
         if self._x is None:
-            if self._node is None:  # a second backward through a retained graph
+            if self._saved is None:  # a second backward through a retained graph
                 return False
             try:
                 # Reading saved tensors is what triggers recomputation under checkpointing.
-                (self._x,) = self._node.saved_tensors
+                (self._x,) = self._saved.grad_fn.saved_tensors
             except RuntimeError as error:
                 if "inplace operation" not in str(error):
                     raise
@@ -110,4 +111,4 @@ class Capture:
 
     def release(self) -> None:
         """Let go of the input; gradients that arrive later are ignored."""
-        self._x = self._mask = self._node = None
+        self._x = self._mask = self._saved = None
