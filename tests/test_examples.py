@@ -18,12 +18,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cg_optim import CGLoRAOptimizer
-from cg_optim.errors import CGOptimWarning, IgnoredSettingWarning, OptimizerTypeError, ParameterError
+from cg_optim.errors import (
+    CGOptimWarning,
+    IgnoredSettingWarning,
+    OptimizerTypeError,
+    ParameterError,
+)
 from cg_optim.recorder import read_run
 from tests.models import assert_equal, parameters_of
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+from peft import get_peft_model
+
 from benchmarks.examples import (
     accelerate_loop,
     loralib_layers,
@@ -239,7 +246,7 @@ def test_the_factory_decays_what_the_trainer_itself_decays(tmp_path: Path) -> No
     torch.manual_seed(0)
     config = small.lora_config()
     config.lora_bias, config.modules_to_save = True, ["norm"]
-    model = peft.get_peft_model(small.language_model(), config)
+    model = get_peft_model(small.language_model(), config)
     args = trainer.arguments(tmp_path, weight_decay=0.3)
 
     def decays(**form: Any) -> dict[str, float]:
