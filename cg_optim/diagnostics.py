@@ -21,6 +21,7 @@ from cg_optim.damped import DampedGram, DampedInput
 from cg_optim.input_curvature import DenseCurvature, InputCurvature, LowRankCurvature
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.rule import Moments, hidden_whitening
+from cg_optim.summary import aligned
 
 UNKNOWN = math.nan
 
@@ -174,6 +175,35 @@ def _condition(damped: DampedInput) -> float:
 
 
 # ------------------------------------------------------------------------ all layers
+
+_COLUMNS = {
+    "updates": "curvature_updates",
+    "missed": "missed_steps",
+    "effective rank": "effective_rank",
+    "cond(X)": "input_condition",
+    "cond(P)": "hidden_condition",
+    "step of A": "relative_step_A",
+    "step of B": "relative_step_B",
+    "predicted": "predicted_decrease",
+}
+
+
+def table(layers: Sequence[LayerDiagnostics]) -> str:
+    """What one wants to read of each layer, as a table to print; ``-`` is unknown.
+
+    Args:
+        layers: From ``optimizer.layer_diagnostics()``.
+
+    Returns:
+        One line for each layer: ``curvature_updates``, ``missed_steps``,
+        ``effective_rank``, ``input_condition``, ``hidden_condition``, ``relative_step_A``,
+        ``relative_step_B`` and ``predicted_decrease``.
+    """
+    rows = [["layer", *_COLUMNS]]
+    for layer in layers:
+        values = [getattr(layer, field) for field in _COLUMNS.values()]
+        rows.append([layer.name, *("-" if math.isnan(v) else f"{v:.3g}" for v in values)])
+    return "\n".join(aligned(rows))
 
 
 def scalars(

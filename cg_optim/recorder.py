@@ -73,7 +73,11 @@ class RunRecorder:
             self.write(step, self._optimizer.layer_diagnostics(), loss)
 
     def write(
-        self, step: int, layers: Sequence[LayerDiagnostics], loss: float | Tensor | None = None
+        self,
+        step: int,
+        layers: Sequence[LayerDiagnostics],
+        loss: float | Tensor | None = None,
+        lr: float | None = None,
     ) -> None:
         """Write one line with what was seen before.
 
@@ -81,13 +85,16 @@ class RunRecorder:
             step: Number of steps taken before the look.
             layers: From ``optimizer.layer_diagnostics()``.
             loss: The loss, if it is known.
+            lr: The learning rate at the look, if a scheduler may have changed it since.
         """
+        if lr is None:
+            lr = float(self._optimizer.param_groups[0]["lr"])
         record = {
             "step": step,
             "loss": float(loss.detach() if isinstance(loss, Tensor) else loss)
             if loss is not None
             else None,
-            "lr": float(self._optimizer.param_groups[0]["lr"]),
+            "lr": lr,
             "events": self._optimizer.diagnostics(),
             "layers": [asdict(layer) for layer in layers],
         }

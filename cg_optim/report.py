@@ -72,6 +72,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: it would look for a display
+        from matplotlib.ticker import LogFormatter, MaxNLocator
     except ImportError as error:
         raise RunFileError(
             "drawing a run needs matplotlib, which is not installed: pip install matplotlib"
@@ -80,6 +81,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     panels = figure.subplots(2, 3)
     for panel in panels.flat:
         panel.set_xlabel("steps taken")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     _draw_loss(panels[0, 0], records)
     _draw_decrease(panels[0, 1], records)
@@ -91,6 +93,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
     panels[1, 0].set_title("condition number after damping")
     _draw_bands(panels[1, 1], records, "effective_rank", labels=("X",))
     panels[1, 1].set_title("effective rank of the inputs")
+    for panel in (panels[0, 2], panels[1, 0]):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(LogFormatter())
+        panel.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    panels[1, 1].set_ylim(bottom=0)
     _draw_layers(figure, panels[1, 2], records)
     try:
         figure.savefig(path, dpi=110)
@@ -119,11 +126,14 @@ def _draw_decrease(panel: Any, records: Sequence[Record]) -> None:
 
 
 def _draw_bands(panel: Any, records: Sequence[Record], *fields: str, labels: Sequence[str]) -> None:
-    """Median over the layers, and a band from the smallest to the largest."""
+    """Median over the layers, and a band from the smallest to the largest.
+
+    Zeros are left out: a factor that does not move has no place on a logarithmic axis.
+    """
     for field, label, colour in zip(fields, labels, _COLOURS.values(), strict=False):
         rows = []
         for record in records:
-            values = [layer[field] for layer in record["layers"] if layer[field] is not None]
+            values = [layer[field] for layer in record["layers"] if layer[field]]
             if values:
                 rows.append((record["step"], statistics.median(values), min(values), max(values)))
         if rows:
@@ -131,8 +141,7 @@ def _draw_bands(panel: Any, records: Sequence[Record], *fields: str, labels: Seq
             panel.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
             panel.plot(steps, middle, color=colour, marker=".", label=f"{label}: median, range")
     if panel.lines:
-        panel.set_yscale("log")
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", framealpha=0.6)
 
 
 def _draw_layers(figure: Any, panel: Any, records: Sequence[Record]) -> None:
@@ -143,13 +152,14 @@ def _draw_layers(figure: Any, panel: Any, records: Sequence[Record]) -> None:
         lengths = {layer["name"]: _longest(layer) for layer in record["layers"]}
         for row, name in enumerate(names):
             grid[row][column] = lengths.get(name, math.nan)
-    panel.set_title("log10 of the longer of both relative steps, by layer")
+    panel.set_title("relative step (the longer of both), log10")
     panel.grid(visible=False)
     if any(math.isfinite(value) for row in grid for value in row):
         image = panel.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
         figure.colorbar(image, ax=panel)
     every = max(1, len(names) // 24)
-    panel.set_yticks(range(0, len(names), every), [_short(n) for n in names[::every]], fontsize=6)
+    labels = [_short(name) for name in without_common_prefix(names)[::every]]
+    panel.set_yticks(range(0, len(names), every), labels, fontsize=7)
     shown = range(0, len(records), max(1, len(records) // 6))
     panel.set_xticks(list(shown), [str(records[i]["step"]) for i in shown])
 
@@ -160,7 +170,18 @@ def _longest(layer: Record) -> float:
     return math.log10(largest) if largest > 0 else math.nan
 
 
-def _short(name: str, length: int = 34) -> str:
+def without_common_prefix(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts that all of them begin with; the last part stays."""
+    split = [name.split(".") for name in names]
+    shared = 0
+    while split and len({tuple(parts[: shared + 1]) for parts in split}) == 1:
+        if any(len(parts) <= shared + 1 for parts in split):
+            break
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]
+
+
+def _short(name: str, length: int = 30) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 

@@ -33,15 +33,28 @@ def render_summary(
         observed = held if pair.observed else f"none: {pair.note or 'gradient only'}"
         shapes = (_shape(pair.A), _shape(pair.B))
         rows.append((pair.name, pair.kind, *shapes, str(pair.rank), f"{pair.scaling:g}", observed))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [*aligned(rows), "", _count(pairs)] if pairs else ["no LoRA pairs", ""]
+    return "\n".join([*lines, *_left_to_adamw(pairs, groups, left_out, model)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns are as wide as they need; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    if not pairs:
-        lines = ["no LoRA pairs"]
-    return "\n".join([*lines, "", *_left_to_adamw(pairs, groups, left_out, model)])
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _count(pairs: Sequence[LoRAPair]) -> str:
+    values = sum(pair.A.numel() + pair.B.numel() for pair in pairs)
+    observed = sum(pair.observed for pair in pairs)
+    how = [f"{observed} with input curvature"] if observed else []
+    if observed < len(pairs):
+        how.append(f"{len(pairs) - observed} by the gradient-only rule")
+    noun = "pair" if len(pairs) == 1 else "pairs"
+    return f"LoRA: {len(pairs)} {noun}, {values:,} values; {' and '.join(how)}"
 
 
 def _left_to_adamw(

@@ -20,6 +20,7 @@ from cg_optim.diagnostics import (
     effective_rank,
     scalars,
     step_and_compare,
+    table,
 )
 from cg_optim.errors import NumericalWarning
 from tests.models import (
@@ -238,6 +239,14 @@ def test_half_precision_adapters_are_measured_in_full_precision() -> None:
         assert layer.update_size_B == pytest.approx(other.update_size_B, rel=0.1)
         assert layer.relative_step_B == pytest.approx(other.relative_step_B, rel=0.1)
     assert_equal(parameters_of(model), parameters_of(twin))
+
+
+def test_the_table_has_a_line_for_each_layer() -> None:
+    known = LayerDiagnostics("y.q", True, 7, 2, 0.3, 1.0, 4.0, 93.25, 5.5, 0.01234, 0.3, 1.0, 2.0)
+    head, _, first, second = table([LayerDiagnostics("x", False, 0, 0, 0.3), known]).splitlines()
+    assert head.startswith("layer")
+    assert first.split() == ["x", "0", "0", *"------"]
+    assert second.split() == ["y.q", "7", "2", "4", "93.2", "5.5", "0.0123", "0.3", "-"]
 
 
 def test_scalars_sum_up_and_leave_out_what_is_unknown() -> None:

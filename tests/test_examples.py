@@ -186,6 +186,10 @@ def test_trainer_logs_what_the_optimizer_does(uninterrupted: Any) -> None:
     run = read_run(Path(uninterrupted.args.output_dir) / "run.jsonl")
     assert [record["step"] for record in run] == [3, 7, 11]
     assert [record["loss"] for record in run] == losses
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert (
+        [record["lr"] for record in run] == rates == pytest.approx([0.0075, 1e-2 / 2.4, 1e-2 / 12])
+    )
 
 
 @pytest.mark.parametrize("form", ["class", "instance"])
@@ -353,6 +357,10 @@ def test_lightning_trains_and_resumes(tmp_path: Path, precision: str) -> None:
     run = read_run(tmp_path / "whole" / "run.jsonl")
     assert [record["step"] for record in run] == [1, 3, 5, 7]
     assert run[0]["loss"] == pytest.approx(whole.losses[3])
+    # The rate of the step that was looked at, not the one the scheduler has set since.
+    assert [record["lr"] for record in run] == pytest.approx(
+        [1e-2 * (1 - 0.9 * step / 20) for step in (1, 3, 5, 7)]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

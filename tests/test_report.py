@@ -13,7 +13,7 @@ import pytest
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import RunFileError
 from cg_optim.recorder import RunRecorder, read_run
-from cg_optim.report import draw, findings, main
+from cg_optim.report import draw, findings, main, without_common_prefix
 from tests.models import tagger
 from tests.test_recorder import train
 
@@ -64,6 +64,36 @@ def test_every_panel_shows_what_was_recorded(run: Path, monkeypatch: pytest.Monk
     first = records[2]["layers"][0]
     longer = max(first["relative_step_A"], first["relative_step_B"])
     assert grid[0, 2] == pytest.approx(math.log10(longer))
+
+
+def test_factors_that_stand_still_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A's gradient is zero at B = 0, and zero has no place on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    records = read_run(run)
+    for layer in records[0]["layers"]:
+        layer["relative_step_A"] = 0.0
+    draw(records, Path("unused.png"))
+    lengths = drawn[0].axes[2]
+    assert list(lengths.lines[0].get_xdata()) == [2, 4, 6, 8]
+    assert list(lengths.lines[1].get_xdata()) == [0, 2, 4, 6, 8]
+    assert lengths.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        ([], []),
+        (["model.layers.0.q"], ["q"]),
+        (["model.0.q", "model.0.k", "model.1.q"], ["0.q", "0.k", "1.q"]),
+        (["a.b", "a.b.c"], ["b", "b.c"]),
+        (["x", "y.z"], ["x", "y.z"]),
+    ],
+)
+def test_names_are_told_apart_by_what_differs(names: list[str], short: list[str]) -> None:
+    assert without_common_prefix(names) == short
 
 
 def test_a_run_of_one_look_without_layers_is_drawn(tmp_path: Path) -> None:

@@ -28,6 +28,21 @@ def test_each_pair_has_a_line_with_everything_about_it() -> None:
     assert "hooks removed, dense 6x6" in optimizer.summary()
 
 
+def test_pairs_are_counted_by_how_they_are_stepped() -> None:
+    model = nn.ModuleDict({"small": LoRALinear(6, 5, r=3), "wide": LoRALinear(200, 4)})
+    assert "\nLoRA: 2 pairs, 441 values; 2 with input curvature\n" in (
+        CGLoRAOptimizer(model).summary()
+    )
+    model.a, model.b = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(4, 2))
+    pairs = [LoRAPair(model.a, model.b, name="mine")]
+    assert (
+        "\nLoRA: 3 pairs, 459 values; 2 with input curvature and 1 by the gradient-only rule\n"
+        in (CGLoRAOptimizer(model, pairs=pairs).summary())
+    )
+    only = CGLoRAOptimizer([model.a, model.b], pairs=pairs).summary()
+    assert "\nLoRA: 1 pair, 18 values; 1 by the gradient-only rule\n" in only
+
+
 def test_what_is_left_to_adamw_is_counted_and_named() -> None:
     text = CGLoRAOptimizer(tagger()).summary()
     assert "left to AdamW: 6 tensors, 59 values" in text

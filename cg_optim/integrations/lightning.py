@@ -35,7 +35,7 @@ class DiagnosticsCallback(Callback):
         self._path = path
         self._recorder: RunRecorder | None = None
         self._seen: list[LayerDiagnostics] | None = None
-        self._step = 0
+        self._step, self._lr = 0, 0.0
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Look while the gradients are there, and send it."""
@@ -44,6 +44,7 @@ class DiagnosticsCallback(Callback):
             return
         ours = unwrap(optimizer)
         self._seen, self._step = ours.layer_diagnostics(), int(trainer.global_step)
+        self._lr = float(ours.param_groups[0]["lr"])
         numbers = scalars(self._seen, ours.diagnostics().values())
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=self._step)
@@ -60,4 +61,5 @@ class DiagnosticsCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         # Lightning divides the loss that it differentiates by the number of batches.
         scale = trainer.accumulate_grad_batches
-        self._recorder.write(self._step, seen, None if loss is None else loss * scale)
+        loss = None if loss is None else loss * scale
+        self._recorder.write(self._step, seen, loss, self._lr)

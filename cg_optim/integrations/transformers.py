@@ -133,7 +133,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._path = path
         self._recorder: RunRecorder | None = None
         self._seen: list[LayerDiagnostics] | None = None
-        self._step = 0
+        self._step, self._lr = 0, 0.0
         self._loss: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,8 +146,9 @@ class DiagnosticsCallback(TrainerCallback):
         """Look while the gradients are there, clipped already."""
         every = self._every or max(1, int(state.logging_steps))
         if (state.global_step + 1) % every == 0:
-            self._seen = unwrap(kwargs["optimizer"]).layer_diagnostics()
-            self._step = state.global_step
+            ours = unwrap(kwargs["optimizer"])
+            self._seen, self._step = ours.layer_diagnostics(), state.global_step
+            self._lr = float(ours.param_groups[0]["lr"])
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -169,5 +170,5 @@ class DiagnosticsCallback(TrainerCallback):
         seen, self._seen = self._seen, None
         self._trainer.log(scalars(seen, unwrap(optimizer).diagnostics().values()))
         if self._recorder is not None:
-            self._recorder.write(self._step, seen, self._loss)
+            self._recorder.write(self._step, seen, self._loss, self._lr)
         self._loss = None
