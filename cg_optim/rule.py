@@ -137,7 +137,8 @@ def whitened_adam(
     value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
     value = value * spectral_shortening(unit)
 
-    usable = all_finite(value) & all_finite(exp_avg_sq)
+    # A beta2 that became 1 in training leaves nothing to divide by, and a step of zero.
+    usable = all_finite(value) & all_finite(exp_avg_sq) & (second > 0)[..., 0, 0]
     return Direction(value, Moments(step, exp_avg, exp_avg_sq), usable)
 
 
