@@ -98,6 +98,11 @@ class Capture:
         self._waiting -= 1
         return self._waiting == 0
 
+    def mask_unless(self, kept: Tensor) -> None:
+        """Mask all rows out where a boolean ``()`` tensor is False."""
+        if self._mask is not None:
+            self._mask = self._mask & kept.to(self._mask.device)
+
     def take(self) -> tuple[Tensor, Tensor]:
         """The rows ``(rows, n)`` and their mask ``(rows,)``, released for good.
 

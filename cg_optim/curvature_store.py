@@ -113,8 +113,12 @@ class CurvatureStore:
         for curvature in self.distinct():
             curvature.discard()
 
-    def discard_pair(self, pair_index: int) -> set[int]:
+    def discard_pair(self, pair_index: int, unless: Tensor | None = None) -> set[int]:
         """Drop what was collected for a pair since the last update.
+
+        Args:
+            pair_index: The pair.
+            unless: Boolean ``()`` tensor; where it is True nothing is dropped.
 
         Returns:
             The pairs that share its curvature; they lose the same rows.
@@ -122,7 +126,7 @@ class CurvatureStore:
         curvature = self._curvature_of.get(pair_index)
         if curvature is None:
             return set()
-        curvature.discard()
+        curvature.discard(None if unless is None else unless.to(curvature.device))
         members = {i for i, c in self._curvature_of.items() if c is curvature}
         return members
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cg_optim import host
 from cg_optim.capture import Capture
 from cg_optim.pairs import LoRAPair
 
@@ -44,8 +45,9 @@ Consumer = Callable[[Tensor, Tensor, tuple[int, ...]], None]
 #: Receives a pair's index, its ``x`` as ``(rows, n)`` and the gradient of its output as
 #: ``(rows, m)``, while both are at hand.
 GradientConsumer = Callable[[int, Tensor, Tensor], None]
-#: Drops what was consumed for a pair since the last update; returns every pair concerned.
-Discarder = Callable[[int], Collection[int]]
+#: Drops what was consumed for a pair since the last update, unless a boolean ``()`` tensor is
+#: given and True; returns every pair concerned.
+Discarder = Callable[[int, Tensor | None], Collection[int]]
 
 
 class _TensorHook:
@@ -295,7 +297,7 @@ class CurvatureObserver:
                 self._forget(pair_index)
                 # Whoever zeroed this gradient hardly left the others.
                 for other in list(self._accumulated):
-                    if self._was_zeroed(other):
+                    if other in self._accumulated and self._was_zeroed(other):
                         self._forget(other)
             if not capture.started:
                 capture.started_at = self._clock
@@ -316,20 +318,37 @@ class CurvatureObserver:
             return False
         version, _ = self._accumulated[pair_index]
         grad = self._factors[pair_index].grad
+        if grad is None or grad._version == version:
+            return grad is None
+        if grad._is_view() and not host.at_hand(grad):
+            # DistributedDataParallel(gradient_as_bucket_view=True): all gradients of a bucket
+            # share one version, so every micro-batch comes here and must not wait.
+            self._forget(pair_index, unless=grad.any())
+            return False
         # zero_grad(set_to_none=False) and unscaling write in place.  Looking at the values
         # waits for a GPU, but only between a step that was left out and the next one.
-        return grad is None or (grad._version != version and not bool(grad.any()))
+        return not bool(grad.any())
 
-    def _forget(self, pair_index: int) -> None:
-        """Drop what was captured and consumed for a pair since the last flush."""
+    def _forget(self, pair_index: int, unless: Tensor | None = None) -> None:
+        """Drop what was captured and consumed for a pair since the last flush.
+
+        Args:
+            pair_index: The pair.
+            unless: Boolean ``()`` tensor nobody has looked at: True keeps everything.
+        """
         _, accumulated_at = self._accumulated.pop(pair_index)
         for key, capture in list(self._pending.items()):
             # A capture started since then belongs to the backward now running.
             if pair_index in capture.pair_indices and capture.started_at < accumulated_at:
-                capture.release()
-                del self._pending[key]
-        for index in self._discarder(pair_index):
-            self._accumulated.pop(index, None)
+                if unless is None:
+                    capture.release()
+                    del self._pending[key]
+                else:
+                    capture.mask_unless(unless)
+        concerned = self._discarder(pair_index, unless)
+        if unless is None:
+            for index in concerned:
+                self._accumulated.pop(index, None)
 
     def _hand_over(self, capture: Capture) -> None:
         self._pending.pop(id(capture), None)

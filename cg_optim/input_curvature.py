@@ -38,6 +38,8 @@ class InputCurvature:
 
     #: Names of the tensors that make up the running estimate, saved with the optimizer.
     state_names: tuple[str, ...] = ()
+    #: This step's sum over rows of what the representation needs.
+    _sum: Tensor
 
     def __init__(self, features: int, like: Tensor) -> None:
         self.features = features
@@ -98,12 +100,14 @@ class InputCurvature:
         self.discard()
         return usable
 
-    def discard(self) -> None:
-        """Drop this step's sums."""
-        self._rows.zero_()
-        self._square_sum.zero_()
-        self._discard()
-        self.touched = False
+    def discard(self, unless: Tensor | None = None) -> None:
+        """Drop this step's sums; with a boolean ``()`` tensor only where it is False."""
+        for each in (self._rows, self._square_sum, self._sum):
+            if unless is None:
+                each.zero_()
+            else:
+                each.masked_fill_(~unless, 0.0)
+        self.touched = self.touched and unless is not None
 
     def damped(self, damping: float) -> DampedInput:
         """The estimate with relative damping; the identity before the first update."""
@@ -135,9 +139,6 @@ class InputCurvature:
         """New values of ``state_names``; the sums count only where ``some`` is True."""
         raise NotImplementedError
 
-    def _discard(self) -> None:
-        raise NotImplementedError
-
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
         raise NotImplementedError
 
@@ -150,17 +151,14 @@ class DenseCurvature(InputCurvature):
     def __init__(self, features: int, like: Tensor) -> None:
         super().__init__(features, like)
         self.gram = self._zeros(features, features)
-        self._gram_sum = self._zeros(features, features)
+        self._sum = self._zeros(features, features)
 
     def _accumulate(self, x: Tensor) -> None:
-        self._gram_sum.addmm_(x.mT, x)
+        self._sum.addmm_(x.mT, x)
 
     def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
-        mean = torch.where(some, self._gram_sum, 0.0) / rows
+        mean = torch.where(some, self._sum, 0.0) / rows
         return {"gram": torch.lerp(self.gram, mean, weight)}
-
-    def _discard(self) -> None:
-        self._gram_sum.zero_()
 
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
         return DampedGram.from_gram(self.gram, mean, damping)
@@ -182,19 +180,16 @@ class LowRankCurvature(InputCurvature):
         self.rank = rank
         self.basis = _random_basis(features, rank).to(self.device, self.dtype, copy=True)
         self.eigenvalues = self._zeros(rank)
-        self._sketch = self._zeros(features, rank)
+        self._sum = self._zeros(features, rank)
 
     def _accumulate(self, x: Tensor) -> None:
-        self._sketch.addmm_(x.mT, x @ self.basis)
+        self._sum.addmm_(x.mT, x @ self.basis)
 
     def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
-        mean = torch.where(some, self._sketch, 0.0) / rows
+        mean = torch.where(some, self._sum, 0.0) / rows
         sketch = torch.lerp(self.basis * self.eigenvalues, mean, weight)
         basis, eigenvalues = nystrom_eigenpairs(self.basis, sketch)
         return {"basis": basis, "eigenvalues": eigenvalues}
-
-    def _discard(self) -> None:
-        self._sketch.zero_()
 
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
         rest = (self.trace - self.eigenvalues.sum()).clamp_min(0)

@@ -62,9 +62,9 @@ class ResumableOptimizer(Optimizer):
             self._observer = CurvatureObserver(self._pairs, self._store.consume, self._discard_pair)
             self._schedule_collection()
 
-    def _discard_pair(self, index: int) -> set[int]:
-        together = self._store.discard_pair(index)
-        self._first.discard({index, *together})
+    def _discard_pair(self, index: int, unless: Tensor | None) -> set[int]:
+        together = self._store.discard_pair(index, unless)
+        self._first.discard({index, *together}, unless)
         return together
 
     def _schedule_collection(self) -> None:

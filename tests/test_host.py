@@ -163,6 +163,52 @@ def test_accumulation_checkpointing_and_clipping_read_nothing(
             optimizer.zero_grad(set_to_none=set_to_none)
 
 
+def in_one_bucket(model: nn.Module) -> None:
+    """Gradients as views of one tensor, which is what ``gradient_as_bucket_view`` makes."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    bucket = torch.zeros(sum(p.numel() for p in parameters))
+    for p, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p)
+
+
+@pytest.mark.parametrize("missed", [None, 1.0, torch.inf])
+@pytest.mark.parametrize(("curvature", "init"), [("auto", None), (3, "curvature")])
+def test_gradients_in_a_bucket_share_a_version_and_nobody_looks_at_them(
+    curvature: Any, init: str | None, missed: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches, and backwards that are zeroed in place without a step."""
+
+    def trained(bucket: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = tagger()
+        for block in model.blocks:
+            nn.init.zeros_(block.q.lora_B.weight)
+        if bucket:
+            in_one_bucket(model)
+        optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature, init=init)
+        for step in range(4):
+            # The first step initialises; eigenvalues are waited for (see above).
+            allowed = {aten._linalg_eigh} if curvature == 3 else ()
+
+            def watch(wanted: bool, allowed: Any = allowed) -> Any:
+                return nobody_waits(allowed) if wanted else contextlib.nullcontext()
+
+            with watch(bucket):
+                if missed is not None and bucket:
+                    (loss_of(model, batch(50 + step)) * missed).backward()
+                    optimizer.zero_grad(set_to_none=False)
+                for part in range(2):
+                    loss_of(model, batch(10 * step + part)).backward()
+            with watch(bucket and step > 0):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+        assert not any(optimizer.diagnostics().values())
+        return parameters_of(model), curvature_state(model, optimizer)
+
+    expected = trained(bucket=False)
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    assert_close(trained(bucket=True), expected)
+
+
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_with_leading_directions_only_their_eigenvalues_are_waited_for() -> None:
     model = tagger()

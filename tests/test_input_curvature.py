@@ -155,7 +155,11 @@ def test_state_round_trip_is_bitwise(kind: str) -> None:
     feed(curvature, gaussian(source, 20, N))
     curvature.update(DECAY)
     other = fresh(kind)
+    feed(other, gaussian(source, 20, N))
+    other.update(DECAY)
+    matrix(other)  # what is remembered of the old state must go
     other.load_state({name: tensor.clone() for name, tensor in curvature.state().items()})
+    assert torch.equal(matrix(other), matrix(curvature))
     rows = gaussian(source, 20, N)
     for each in (curvature, other):
         feed(each, rows)

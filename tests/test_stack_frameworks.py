@@ -21,6 +21,7 @@ from tests.models import (
     loss_of,
     parameters_of,
     tagger,
+    train,
 )
 
 
@@ -28,14 +29,10 @@ def halves(data: Batch) -> list[Batch]:
     return list(zip(*(tensor.split(4) for tensor in data), strict=True))
 
 
-def trained_in_halves(steps: int) -> tuple[nn.Module, CGLoRAOptimizer]:
+def trained_on_whole_batches(steps: int) -> tuple[nn.Module, CGLoRAOptimizer]:
     model = tagger()
     optimizer = CGLoRAOptimizer(model, lr=1e-2)
-    for step in range(steps):
-        for part in halves(batch(step, rows=8)):
-            (loss_of(model, part) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, optimizer, range(steps), rows=8)
     return model, optimizer
 
 
@@ -49,8 +46,12 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("view", [False, True])
-def test_accumulation_without_synchronisation(view: bool) -> None:
-    """Gradients that are views of a bucket share its version, which others change."""
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_accumulation_without_synchronisation(view: bool, set_to_none: bool) -> None:
+    """Gradients that are views of a bucket share its version, which others change.
+
+    They are, from the second step on, if they are zeroed in place.
+    """
     model = tagger()
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=view)
     optimizer = CGLoRAOptimizer(parallel, lr=1e-2)
@@ -61,8 +62,10 @@ def test_accumulation_without_synchronisation(view: bool) -> None:
         (loss_of(parallel, second) / 2).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1e3)
         optimizer.step()
-        optimizer.zero_grad()
-    reference, other = trained_in_halves(4)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert any(grad._is_view() for grad in grads) == view
+    reference, other = trained_on_whole_batches(4)
     assert_close(curvature_state(model, optimizer), curvature_state(reference, other))
     assert_close(parameters_of(model), parameters_of(reference), rtol=1e-3, atol=1e-5)
 
@@ -78,7 +81,7 @@ def test_accelerate() -> None:
                 accelerator.backward(loss_of(model, part))
                 optimizer.step()
                 optimizer.zero_grad()
-    reference, other = trained_in_halves(4)
+    reference, other = trained_on_whole_batches(4)
     assert_close(curvature_state(bare, optimizer.optimizer), curvature_state(reference, other))
     assert_close(parameters_of(bare), parameters_of(reference), rtol=1e-3, atol=1e-5)
 

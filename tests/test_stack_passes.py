@@ -78,6 +78,13 @@ def test_the_scale_of_the_loss_does_not_matter() -> None:
     assert_same_training(total, mean, rtol=1e-3)
 
 
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_the_scale_of_the_loss_is_not_in_the_statistics(factor: float) -> None:
+    """Powers of two, so bitwise; whether a row has a gradient is a question without a scale."""
+    scaled = trained(1, loss=lambda model, data: loss_of(model, data) * factor)
+    assert_equal(curvature_state(*scaled), curvature_state(*trained(1)))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_seen(side: str) -> None:
     def pad(model: nn.Module, data: Batch) -> Tensor:

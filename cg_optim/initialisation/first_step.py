@@ -76,10 +76,14 @@ class FirstStep:
         shape = rows, pair.in_features
         return torch.zeros(shape, dtype=factor_dtype(pair.A), device=pair.A.device)
 
-    def discard(self, indices: Iterable[int] | None = None) -> None:
-        """Drop the sketches of some pairs, or all."""
+    def discard(self, indices: Iterable[int] | None = None, unless: Tensor | None = None) -> None:
+        """Drop the sketches of some pairs, or all; none where a boolean tensor is True."""
         for index in list(self._sketches) if indices is None else indices:
-            self._sketches.pop(index, None)
+            if unless is None:
+                self._sketches.pop(index, None)
+            elif index in self._sketches:
+                sketch = self._sketches[index]
+                sketch.masked_fill_(~unless.to(sketch.device), 0.0)
 
     def start(self, damped: Callable[[int], DampedInput | None]) -> dict[int, Tensor]:
         """Set ``A`` of every pair that was seen and whose ``B`` is zero; the sketches are spent.

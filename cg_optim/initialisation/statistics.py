@@ -78,7 +78,7 @@ class Statistics:
         self._most_bytes = 0
         self._rows = dict.fromkeys(self._outputs, 0)
         self._curvature_batches = self._gradient_batches = 0
-        self._observer = CurvatureObserver(pairs, self._consume, lambda _: ())
+        self._observer = CurvatureObserver(pairs, self._consume, lambda *_: ())
         self._observer.gradient_consumer = self._consume_gradients
 
     def close(self) -> None:
