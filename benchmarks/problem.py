@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -84,3 +84,14 @@ class Problem(ABC):
         if not self.bf16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+class ConfiguredProblem(Problem):
+    """A problem whose clipping, precision and evaluations are settings of its task."""
+
+    def __init__(self, settings: Mapping[str, Any], device: str) -> None:
+        self.settings = settings
+        self.device = torch.device(device)
+        self.clip = settings["clip"]
+        self.bf16 = settings["bf16"]
+        self.evaluate_every = settings["evaluate_every"]

@@ -7,10 +7,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,8 @@ from torch.optim import Optimizer
 
 from . import metrics
 from .cells import Cell, Result
-from .methods import Combined, Method, trainable
+from .methods import Method, trainable
+from .optimizer_state import state_bytes
 from .problem import Batch, Problem
 
 WARM_UP = 3
@@ -34,34 +34,6 @@ def build(problem: Problem, method: Method, seed: int) -> nn.Module:
     if method.full:
         return problem.base_model(seed).to(problem.device)
     return adapt(problem, seed, method.init)
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of every tensor in the optimizer's state, wherever it is nested."""
-    seen: set[int] = set()
-
-    def size(value: Any) -> int:
-        if id(value) in seen:
-            return 0
-        seen.add(id(value))
-        if isinstance(value, nn.Parameter):
-            return 0
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, Mapping):
-            return sum(size(item) for item in value.values())
-        if isinstance(value, (list, tuple)):
-            return sum(size(item) for item in value)
-        # Some packages keep objects with tensors in their state (Shampoo's preconditioners).
-        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-            return sum(size(item) for item in vars(value).values())
-        return 0
-
-    states = optimizer.states if isinstance(optimizer, Combined) else [optimizer.state]
-    declared = getattr(optimizer, "state_bytes", None)
-    if callable(declared):  # state that lives outside ``optimizer.state``
-        return int(declared())
-    return sum(size(item) for state in states for item in list(state.values()))
 
 
 @dataclass

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from cg_optim import CGLoRAOptimizer
 
+from ..optimizer_state import state_bytes
 from .parts import Evaluation, Part
 
 GRADIENT_NORM = 1.0
@@ -124,22 +124,3 @@ def evaluation_steps(steps: int, evaluations: int) -> set[int]:
     """Evenly spaced steps, and those of :data:`BUDGETS`."""
     shares = [part / evaluations for part in range(1, evaluations + 1)]
     return {step_at(share, steps) for share in (*shares, *BUDGETS)}
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state; storage that several entries share counts once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in _tensors(optimizer.state.values())
-    }
-    return sum(storages.values())
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value.values())
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

@@ -25,7 +25,7 @@ from ..cells import data_identity
 from ..datasets import read_bytes_text, read_jsonl_text
 from ..errors import DataFileError
 from ..language_model import LanguageModelRecipe
-from ..problem import LoraSettings, Problem
+from ..problem import ConfiguredProblem, LoraSettings
 from . import Report, Task, files_identity, find
 
 PRESETS = ("tiny", "quick", "medium", "full", "gpu")
@@ -213,16 +213,12 @@ def problem(task: Task) -> LanguageModelProblem:
     return LanguageModelProblem(task, prepared)
 
 
-class LanguageModelProblem(Problem):
+class LanguageModelProblem(ConfiguredProblem):
     """See the module's documentation."""
 
     def __init__(self, task: Task, prepared: dict[str, Any]) -> None:
+        super().__init__(task.settings, task.device)
         settings = task.settings
-        self.settings = settings
-        self.device = torch.device(task.device)
-        self.clip = settings["clip"]
-        self.bf16 = settings["bf16"]
-        self.evaluate_every = settings["evaluate_every"]
         self._recipe = base_recipe(task)
         self._state = prepared["base"]
         self._train = prepared["train"].to(self.device)

@@ -26,7 +26,7 @@ from ..adapters import linear_layers
 from ..cells import data_identity
 from ..datasets import LabelledTexts, few_shot, read_labelled_tsv
 from ..errors import DataFileError
-from ..problem import LoraSettings, Problem
+from ..problem import ConfiguredProblem, LoraSettings, Problem
 from . import Report, Task, files_identity, find
 
 PRESETS = ("tiny", "quick", "medium", "full")
@@ -251,14 +251,10 @@ def problem(task: Task) -> Problem:
     return kind(task, prepared)
 
 
-class _EncoderProblem(Problem):
+class _EncoderProblem(ConfiguredProblem):
     def __init__(self, task: Task, prepared: dict[str, Any]) -> None:
+        super().__init__(task.settings, task.device)
         settings = task.settings
-        self.settings = settings
-        self.device = torch.device(task.device)
-        self.clip = settings["clip"]
-        self.bf16 = settings["bf16"]
-        self.evaluate_every = settings["evaluate_every"]
         self.classes = prepared["train"]["classes"]
         self.train = _Part.of(prepared["train"])
         self.halves = {half: _Part.of(prepared[half]) for half in ("choose", "report")}

@@ -161,11 +161,3 @@ def test_evaluations_include_the_budgets_of_the_table():
     for preset in settings.PRESETS.values():
         for part in (preset.classifier, preset.language_model):
             assert set(part.learning_rates) == set(training.OPTIMIZERS)
-
-
-def test_shared_storage_counts_once():
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter])
-    shared = torch.zeros(100)
-    optimizer.state[parameter] = {"a": shared, "b": [shared[:50], {"c": torch.zeros(2)}], "d": 1}
-    assert training.state_bytes(optimizer) == 4 * 102
