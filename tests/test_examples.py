@@ -179,6 +179,8 @@ def test_trainer_logs_what_the_optimizer_does(uninterrupted: Any) -> None:
     history = uninterrupted.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
+    norms = [entry["grad_norm"] for entry in history if "loss" in entry]
+    assert max(norms) > uninterrupted.args.max_grad_norm  # it is clipped, as it is meant to be
     looks = [entry for entry in history if "cg/predicted_decrease" in entry]
     assert [entry["step"] for entry in looks] == [4, 8, 12]
     assert all(entry["cg/predicted_decrease"] > 0 for entry in looks)
@@ -199,6 +201,10 @@ def test_all_forms_of_handing_it_over_train_alike(
     built = trainer.trainer(tmp_path, form, save_strategy="no")
     built.train()
     assert_equal(parameters_of(built.model), parameters_of(uninterrupted.model))
+    again = trainer.trainer(tmp_path, form, save_strategy="no")
+    again.train(resume_from_checkpoint=f"{uninterrupted.args.output_dir}/checkpoint-8")
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [4, 8, 12]
+    assert_equal(parameters_of(again.model), parameters_of(uninterrupted.model))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from cg_optim import CGLoRAOptimizer
 from cg_optim.diagnostics import scalars
 
-from .small import Windows, language_model_with_lora
+from .small import CLIP, Windows, language_model_with_lora
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    accelerator.clip_grad_norm_(model.parameters(), CLIP)
                     # Accelerate's wrapper hides the method; the optimizer is inside.
                     accelerator.log(scalars(optimizer.optimizer.layer_diagnostics()))
                 optimizer.step()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from cg_optim import CGLoRAOptimizer
 from cg_optim.integrations.lightning import DiagnosticsCallback
 
-from .small import Windows, language_model_with_lora
+from .small import CLIP, Windows, language_model_with_lora
 
 
 class Module(lightning.LightningModule):
@@ -49,7 +49,7 @@ def train(folder: Path, steps: int = 8, resume: bool = False, **more: Any) -> Mo
         "max_steps": steps,
         "precision": "bf16-mixed",
         "accumulate_grad_batches": 2,
-        "gradient_clip_val": 1.0,
+        "gradient_clip_val": CLIP,
         "callbacks": [
             ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1),
             DiagnosticsCallback(every=2, path=folder / "run.jsonl"),

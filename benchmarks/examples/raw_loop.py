@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from cg_optim import CGLoRAOptimizer
 from cg_optim.recorder import RunRecorder
 
-from .small import Windows, language_model_with_lora
+from .small import CLIP, Windows, language_model_with_lora
 
 
 def train(folder: Path, steps: int = 20, accumulate: int = 2) -> list[float]:
@@ -36,7 +36,7 @@ def train(folder: Path, steps: int = 20, accumulate: int = 2) -> list[float]:
             part_loss = model(**batch).loss / accumulate
             part_loss.backward()
             loss += float(part_loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         recorder.record(loss)  # after backward(), before step()
         optimizer.step()
         schedule.step()

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from ..language_model import LanguageModelRecipe, build_model
 
 LENGTH = 32
+#: Norms of gradients are clipped at this, low enough to act on a model so small.
+CLIP = 0.1
 RECIPE = LanguageModelRecipe("none", hidden_size=32, layers=2, heads=2, intermediate_size=48)
 
 

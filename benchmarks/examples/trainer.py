@@ -10,7 +10,7 @@ import transformers
 from cg_optim import CGLoRAOptimizer
 from cg_optim.integrations.transformers import DiagnosticsCallback, trainer_optimizer
 
-from .small import Windows, language_model_with_lora
+from .small import CLIP, Windows, language_model_with_lora
 
 
 def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
@@ -22,7 +22,7 @@ def arguments(folder: Path, **more: Any) -> transformers.TrainingArguments:
         "max_steps": 12,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": CLIP,
         "bf16": True,
         "gradient_checkpointing": True,
         "save_steps": 4,

@@ -14,7 +14,7 @@ import trl
 
 from cg_optim.integrations.transformers import DiagnosticsCallback, trainer_optimizer
 
-from .small import language_model, lora_config
+from .small import CLIP, language_model, lora_config
 
 
 def bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -38,6 +38,7 @@ def trainer(folder: Path, **more: Any) -> trl.SFTTrainer:
         "max_steps": 10,
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
+        "max_grad_norm": CLIP,
         "max_length": 48,
         "packing": False,
         "logging_steps": 2,
