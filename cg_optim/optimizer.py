@@ -59,7 +59,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
     Args:
         model_or_params: A module (all its trainable parameters), or parameters, named
             parameters or parameter groups as for any ``torch.optim`` optimizer.
-        lr: Learning rate; take what AdamW would get.  A float or a one-element tensor.
+        lr: Learning rate; take twice what AdamW would get.  A float or a one-element tensor.
         model: The module in which to look for LoRA pairs when the first argument is
             not a module.
         pairs: Pairs declared by hand, in addition to those found; they take
