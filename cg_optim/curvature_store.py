@@ -20,6 +20,7 @@ from cg_optim.input_curvature import (
     directions,
     new_input_curvature,
     state_shapes,
+    update_together,
 )
 from cg_optim.pairs import LoRAPair
 
@@ -106,7 +107,8 @@ class CurvatureStore:
         for index, curvature in sorted(self._curvature_of.items()):
             if curvature.touched:
                 first.setdefault(id(curvature), index)
-        return {index: ~self._curvature_of[index].update(DECAY) for index in first.values()}
+        usable = update_together([self._curvature_of[index] for index in first.values()], DECAY)
+        return {index: ~flag for index, flag in zip(first.values(), usable, strict=True)}
 
     def discard(self) -> None:
         """Drop what was collected since the last update."""

@@ -15,17 +15,35 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cg_optim.damped import DampedGram, DampedInput, DampedSpectrum
-from cg_optim.linalg import damped_cholesky
+from cg_optim.linalg import all_finite, damped_cholesky
 
 #: Directions kept of larger inputs.
 DEFAULT_RANK = 32
 #: Relative damping of the k x k Nystrom core, far below any damping of the step.
 CORE_DAMPING = 1e-6
+
+
+class _Update(NamedTuple):
+    """An update under way.
+
+    Attributes:
+        usable: Boolean ``()``, whether the sums are finite.
+        some: Boolean ``()``, whether there are any rows besides.
+        new: New values of the state by name.
+        core: Matrix ``(k, k)`` whose eigenpairs are still wanted.
+    """
+
+    usable: Tensor
+    some: Tensor
+    new: dict[str, Tensor]
+    core: Tensor | None
 
 
 class InputCurvature:
@@ -67,36 +85,33 @@ class InputCurvature:
         self.touched = True
 
     def update(self, decay: float) -> Tensor:
-        """Fold this step's sums into the running mean.
+        """Fold this step's sums into the running mean; see :func:`update_together`."""
+        return update_together([self], decay)[0]
 
-        The mean is bias-corrected: the ``t``-th update weighs the new rows
-        ``(1 - decay) / (1 - decay^t)``.  Nothing changes if there were no rows or if
-        something was not finite.
-
-        Returns:
-            A boolean ``()`` tensor, False if something was not finite.
-        """
+    def _begin_update(self, decay: float) -> _Update | None:
+        if not self.touched:
+            return None
         usable = torch.isfinite(self._square_sum)
-        if self.touched:
-            some = usable & (self._rows > 0)
-            # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
-            rows = torch.where(some, self._rows, 1.0)
-            weight = (1.0 - decay) / (1.0 - decay ** (self.updates + 1).double())
-            try:
-                new = self._updated(weight.to(self.dtype), rows, some)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                usable = torch.zeros_like(usable)  # the last estimate goes on
-            else:
-                mean = torch.where(some, self._square_sum, 0.0) / rows
-                new["trace"] = torch.lerp(self.trace, mean, weight.to(self.dtype))
-                for value in new.values():
-                    usable = usable & torch.isfinite(value.abs().amax())
-                keep = some & usable
-                new["updates"] = self.updates + 1
-                for name, mine in self.state().items():
-                    # In place: the saved state refers to these very tensors.
-                    mine.copy_(torch.where(keep, new[name], mine))
-                self._damped.clear()
+        some = usable & (self._rows > 0)
+        # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
+        rows = torch.where(some, self._rows, 1.0)
+        weight = ((1.0 - decay) / (1.0 - decay ** (self.updates + 1).double())).to(self.dtype)
+        mean = torch.where(some, self._square_sum, 0.0) / rows
+        new, core = self._updated(weight, torch.where(some, self._sum, 0.0) / rows)
+        new["trace"] = torch.lerp(self.trace, mean, weight)
+        return _Update(usable, some, new, core)
+
+    def _finish_update(self, update: _Update | None) -> Tensor:
+        if update is None:
+            return torch.ones_like(self.updates, dtype=torch.bool)
+        usable = update.usable
+        for value in update.new.values():
+            usable = usable & torch.isfinite(value.abs().amax())
+        update.new["updates"] = self.updates + 1
+        for name, mine in self.state().items():
+            # In place: the saved state refers to these very tensors.
+            mine.copy_(torch.where(update.some & usable, update.new[name], mine))
+        self._damped.clear()
         self.discard()
         return usable
 
@@ -135,8 +150,16 @@ class InputCurvature:
     def _accumulate(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
-        """New values of ``state_names``; the sums count only where ``some`` is True."""
+    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """New values of ``state_names`` from this step's ``_sum`` divided by its rows.
+
+        Returns:
+            The values, and a symmetric ``(k, k)`` matrix if its eigenpairs are still wanted.
+        """
+        raise NotImplementedError
+
+    def _rotate(self, new: dict[str, Tensor], eigenvalues: Tensor, vectors: Tensor) -> None:
+        """Finish the values of :meth:`_updated` with the eigenpairs it wanted."""
         raise NotImplementedError
 
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
@@ -156,9 +179,8 @@ class DenseCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x)
 
-    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
-        mean = torch.where(some, self._sum, 0.0) / rows
-        return {"gram": torch.lerp(self.gram, mean, weight)}
+    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        return {"gram": torch.lerp(self.gram, mean, weight)}, None
 
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
         return DampedGram.from_gram(self.gram, mean, damping)
@@ -185,11 +207,14 @@ class LowRankCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x @ self.basis)
 
-    def _updated(self, weight: Tensor, rows: Tensor, some: Tensor) -> dict[str, Tensor]:
-        mean = torch.where(some, self._sum, 0.0) / rows
+    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         sketch = torch.lerp(self.basis * self.eigenvalues, mean, weight)
-        basis, eigenvalues = nystrom_eigenpairs(self.basis, sketch)
-        return {"basis": basis, "eigenvalues": eigenvalues}
+        basis, core = nystrom(self.basis, sketch)
+        return {"basis": basis}, core
+
+    def _rotate(self, new: dict[str, Tensor], eigenvalues: Tensor, vectors: Tensor) -> None:
+        new["basis"] = new["basis"] @ vectors
+        new["eigenvalues"] = eigenvalues.clamp_min(0)
 
     def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
         rest = (self.trace - self.eigenvalues.sum()).clamp_min(0)
@@ -197,24 +222,62 @@ class LowRankCurvature(InputCurvature):
         return DampedSpectrum.from_spectrum(self.basis, self.eigenvalues, tail, mean, damping)
 
 
-def nystrom_eigenpairs(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs of a PSD matrix ``X`` known through ``Y = X U``.
+def nystrom(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """The Nystrom approximation ``Y (U^T Y)^-1 Y^T`` of a PSD matrix known through ``Y = X U``.
 
     Args:
         basis: ``U`` with orthonormal columns, ``(n, k)``.
         sketch: ``Y = X U``, ``(n, k)``.
 
     Returns:
-        Orthonormal ``(n, k)`` vectors and ``(k,)`` eigenvalues, ascending and not
-        negative, of the Nystrom approximation ``Y (U^T Y)^-1 Y^T``.
+        ``Q`` with orthonormal columns, ``(n, k)``, and the PSD ``C``, ``(k, k)``, of which the
+        approximation is ``Q C Q^T``.
     """
     core = basis.mT @ sketch
     factor = damped_cholesky(core, CORE_DAMPING).factor
     q, r = torch.linalg.qr(sketch)
-    # X ~ F F^T with F = Y L^-T = Q M, so the eigenpairs of the small M M^T suffice.
+    # X ~ F F^T with F = Y L^-T = Q M.
     m = torch.linalg.solve_triangular(factor, r.mT, upper=False).mT
-    eigenvalues, rotation = torch.linalg.eigh(m @ m.mT)
-    return q @ rotation, eigenvalues.clamp_min(0)
+    return q, m @ m.mT
+
+
+def update_together(curvatures: Sequence[InputCurvature], decay: float) -> list[Tensor]:
+    """Fold the sums of this step into the running means of some inputs.
+
+    The mean is bias-corrected: the ``t``-th update weighs the new rows
+    ``(1 - decay) / (1 - decay^t)``.  Nothing changes where there were no rows or where
+    something was not finite.
+
+    ``eigh`` reads its error code on the host, so the small eigenproblems of all inputs are
+    solved in one call: an accelerator is waited for once, however many layers there are.
+
+    Returns:
+        For each input a boolean ``()`` tensor, False if something was not finite.
+    """
+    begun = [(curvature, curvature._begin_update(decay)) for curvature in curvatures]
+    stacks: dict[Any, list[tuple[InputCurvature, dict[str, Tensor], Tensor]]] = {}
+    for curvature, update in begun:
+        if update is not None and update.core is not None:
+            core = update.core
+            key = core.device, core.dtype, core.shape
+            stacks.setdefault(key, []).append((curvature, update.new, core))
+    for stack in stacks.values():
+        eigenpairs = eigenpairs_together(torch.stack([core for _, _, core in stack]))
+        for (curvature, new, _), values, vectors in zip(stack, *eigenpairs, strict=True):
+            curvature._rotate(new, values, vectors)
+    return [curvature._finish_update(update) for curvature, update in begun]
+
+
+def eigenpairs_together(cores: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(..., k)`` and vectors of a symmetric ``(..., k, k)`` stack; NaN if in vain."""
+    # One that is not finite must not spoil the others, or make eigh raise for all of them.
+    finite = all_finite(cores)
+    eye = torch.eye(cores.shape[-1], dtype=cores.dtype, device=cores.device)
+    try:
+        values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], cores, eye))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return torch.full_like(cores[..., 0], torch.nan), cores
+    return torch.where(finite[..., None], values, torch.nan), vectors
 
 
 def directions(features: int, representation: str | int) -> int | None:

@@ -12,11 +12,20 @@ from cg_optim.input_curvature import (
     DenseCurvature,
     InputCurvature,
     LowRankCurvature,
+    eigenpairs_together,
     new_input_curvature,
-    nystrom_eigenpairs,
+    nystrom,
     state_shapes,
+    update_together,
 )
-from tests.strategies import gaussian, generator, relative_error, seeds, semidefinite
+from tests.strategies import (
+    gaussian,
+    generator,
+    orthogonal,
+    relative_error,
+    seeds,
+    semidefinite,
+)
 
 quick = settings(max_examples=20, deadline=None)
 N, K = 12, 4
@@ -102,9 +111,101 @@ def test_trace_is_kept(seed: int, updates: int, damping: float) -> None:
 def test_nystrom_is_exact_on_an_invariant_subspace(seed: int) -> None:
     x = semidefinite(generator(seed), N, condition=100.0)
     basis = torch.linalg.eigh(x)[1][:, -K:].contiguous()
-    vectors, values = nystrom_eigenpairs(basis, x @ basis)
-    assert relative_error(vectors.mT @ vectors, torch.eye(K, dtype=torch.float64)) < 1e-10
-    torch.testing.assert_close(values, torch.linalg.eigvalsh(x)[-K:], rtol=1e-4, atol=0)
+    q, core = nystrom(basis, x @ basis)
+    assert relative_error(q.mT @ q, torch.eye(K, dtype=torch.float64)) < 1e-10
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(core), torch.linalg.eigvalsh(x)[-K:], rtol=1e-4, atol=0
+    )
+
+
+SPECTRA = {
+    "condition 1e12": torch.logspace(0, -12, K, dtype=torch.float64),
+    "rank deficient": torch.tensor([1.0, 0.5, 0.0, 0.0], dtype=torch.float64),
+    "clustered": torch.tensor([1.0, 1.0, 1.0 - 1e-9, 1e-9], dtype=torch.float64),
+    "zero": torch.zeros(K, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_damped_estimate_is_that_of_eigh_in_double_precision(
+    name: str, scale: float, dtype: torch.dtype
+) -> None:
+    """Matrices are compared, not vectors, which clusters leave undetermined."""
+    values, vectors = SPECTRA[name], orthogonal(generator(0), N)[:, :K]
+    rows = (scale * (vectors * values.sqrt()) @ vectors.mT).to(dtype)
+    curvature = LowRankCurvature(N, torch.zeros(1, dtype=dtype), K)
+    for _ in range(4):
+        feed(curvature, rows)
+        assert curvature.update(0.0)
+    exact, kept = torch.linalg.eigh(rows.double().mT @ rows.double() / N)
+    x = (kept[:, -K:] * exact[-K:]) @ kept[:, -K:].mT
+    mean = x.trace() / N if bool(values.any()) else torch.ones(())
+    x = x / mean if bool(values.any()) else torch.eye(N, dtype=torch.float64)
+    expected = (x + 0.3 * torch.eye(N, dtype=torch.float64)) / 1.3
+    # The sketch's damped core is what limits float64, rounding what limits float32.
+    assert relative_error(matrix(curvature, 0.3), expected) < 2e-5
+    whitening = curvature.damped(0.3).whitening()
+    k = whitening.apply(torch.eye(N, dtype=dtype)).double()
+    assert relative_error(k @ expected @ k.mT, torch.eye(N, dtype=torch.float64)) < 1e-4
+
+
+def test_a_stack_of_eigenproblems_is_solved_one_by_one() -> None:
+    cores = semidefinite(generator(0), K, batch=(5,))
+    cores[1, 0, 0], cores[3, 2, 1] = torch.nan, torch.inf
+    values, vectors = eigenpairs_together(cores)
+    for index, core in enumerate(cores):
+        if index in (1, 3):
+            assert bool(values[index].isnan().all())
+        else:
+            expected = torch.linalg.eigh(core)
+            assert torch.equal(values[index], expected[0])
+            assert torch.equal(vectors[index], expected[1])
+
+
+@pytest.mark.parametrize("kind", ["numbers", "error"])
+def test_an_update_that_cannot_be_computed_is_dropped(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == "error":
+            raise torch.linalg.LinAlgError("did not converge")
+        return torch.full_like(matrix[..., 0], torch.nan), matrix
+
+    curvature = fresh("low rank")
+    rows = gaussian(generator(0), 20, N)
+    feed(curvature, rows)
+    assert curvature.update(DECAY)
+    before = {name: tensor.clone() for name, tensor in curvature.state().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", failing)
+        feed(curvature, rows)
+        assert not curvature.update(DECAY)
+    for name, tensor in curvature.state().items():
+        assert torch.equal(tensor, before[name])
+    feed(curvature, rows)
+    assert curvature.update(DECAY)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e200])
+def test_inputs_updated_together_are_updated_like_alone(bad: float) -> None:
+    """Dense and low-rank ones, one of which may be hopeless, one without rows."""
+    source = generator(0)
+    together = [fresh(kind) for kind in ("dense", "low rank", "low rank", "low rank", "dense")]
+    for _ in range(3):
+        alone = [curvature.clone() for curvature in together]
+        for index, (one, other) in enumerate(zip(together, alone, strict=True)):
+            rows = gaussian(source, 20, N) * (bad if index in (2, 4) else 1.0)
+            if index != 3:
+                feed(one, rows)
+                feed(other, rows)
+        usable = [bool(flag) for flag in update_together(together, DECAY)]
+        assert usable == [bool(other.update(DECAY)) for other in alone]
+        assert usable == [True, True, bad == 0.0, True, bad == 0.0]
+        for one, other in zip(together, alone, strict=True):
+            for name, tensor in one.state().items():
+                assert torch.equal(tensor, other.state()[name])
 
 
 @kinds
