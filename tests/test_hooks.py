@@ -156,6 +156,28 @@ def test_an_input_written_to_before_backward_is_lost_for_the_first_layer_only() 
     assert_close(gram(optimizer, two), mean_gram(3 * x))
 
 
+def test_a_tensor_in_the_place_of_a_dead_one_is_another_input() -> None:
+    """Python gives the ``id`` of an input that nobody holds any more to the next tensor."""
+    one, two = layer(p=0.5), layer(1, p=0.5)  # dropout: autograd does not hold x itself
+    optimizer = CGLoRAOptimizer(wrapped(one, two), curvature="dense")
+    first, second = torch.randn(4, N), torch.randn(4, N)
+    x = first.clone()
+    place, out = id(x), one(x)
+    del x
+    others = []
+    for _ in range(1000):
+        y = second.clone()
+        if id(y) == place:
+            break
+        others.append(y)
+    else:
+        pytest.skip("no tensor took the place")
+    (out.square().sum() + two(y).square().sum()).backward()
+    optimizer.step()
+    assert_close(gram(optimizer, one), mean_gram(first))
+    assert_close(gram(optimizer, two), mean_gram(second))
+
+
 def test_a_pair_whose_modules_are_not_nested() -> None:
     """A's own input and B's own output, as home-made layers and declared pairs have it."""
 

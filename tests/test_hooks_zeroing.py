@@ -35,16 +35,31 @@ def test_a_zeroed_gradient_takes_its_statistics_along(set_to_none: bool, missed:
     assert_equal(snapshot(model, optimizer), snapshot(reference, other))
 
 
-def test_a_zeroed_gradient_of_a_layer_unused_in_the_next_step() -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_zeroed_gradient_of_a_layer_unused_in_the_next_step(set_to_none: bool) -> None:
     one, two = layer(), layer(1)
     optimizer = CGLoRAOptimizer(wrapped(one, two))
     (one(torch.randn(3, N)).sum() + two(torch.full((3, N), torch.inf)).sum()).backward()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=set_to_none)
     x = torch.randn(4, N)
     one(x).square().sum().backward()
     optimizer.step()
     assert_close(gram(optimizer, one), mean_gram(x))
     assert optimizer.diagnostics()["curvature update dropped"] == 0
+
+
+def test_a_zeroed_gradient_is_forgotten_when_only_other_layers_come_next() -> None:
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    two(torch.randn(3, N)).square().sum().backward()
+    optimizer.zero_grad()
+    one(torch.randn(4, N)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    x = torch.randn(4, N)
+    two(x).square().sum().backward()
+    optimizer.step()
+    assert_close(gram(optimizer, two), mean_gram(x))
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -217,6 +217,22 @@ def test_layers_frozen_for_a_while_stay_and_come_back() -> None:
     assert not any(optimizer.diagnostics().values())
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_frozen_for_a_while_lets_the_other_one_train(factor: str) -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2)
+    train(model, optimizer, range(2))
+    frozen = {n for n, p in model.named_parameters() if factor in n}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, range(2, 4))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(parameters_of(model))
+    assert moved.isdisjoint(frozen)
+    assert not any(optimizer.diagnostics().values())
+
+
 def test_a_layer_frozen_from_the_start_is_no_business_of_the_optimizer() -> None:
     model, reference = tagger(), tagger()
     for each in (model, reference):
