@@ -46,7 +46,8 @@ class LayerDiagnostics:
         effective_rank: Exponential of the entropy of X's normalised eigenvalues (Roy and
             Vetterli 2007), between 1 and ``n``.
         input_condition: Condition number of the damped ``X``.
-        hidden_condition: Condition number of the damped ``P = A X A^T``.
+        hidden_condition: Condition number of the damped ``P = A X A^T``, the largest one of
+            several experts.
         relative_step_A: ``|dA| / |A|`` in the Frobenius norm; the inverse of what LARS and
             LAMB call the trust ratio.
         relative_step_B: ``|dB| / |B|``; NaN while ``B`` is zero.
@@ -95,7 +96,7 @@ def look_at(
         numbers["input_condition"] = _condition(work.damped)
     down = work.a.value.to(work.a.state.exp_avg.dtype)
     whitening = hidden_whitening(down, work.damped, work.damping).matrix
-    numbers["hidden_condition"] = float(torch.linalg.cond(whitening.double())) ** 2
+    numbers["hidden_condition"] = float(torch.linalg.cond(whitening.double()).max()) ** 2
     return LayerDiagnostics(
         name=name,
         seen=updates > 0,

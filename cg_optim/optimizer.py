@@ -297,19 +297,19 @@ class CGLoRAOptimizer(ResumableOptimizer):
         state_a, state_b = states
         group_a, group_b = group_of[id(pair.A)], group_of[id(pair.B)]
         values = pair.as_matrices(pair.A, pair.B)
+        count = (1,) if pair.experts > 1 else ()
         means = pair.as_matrices(state_a["exp_avg"], state_b["exp_avg"])
         squares = pair.as_matrices(state_a["exp_avg_sq"], state_b["exp_avg_sq"])
-        no_grad = (torch.empty(0, 0), torch.empty(0, 0))
-        grads = pair.as_matrices(
-            no_grad[0] if pair.A.grad is None else pair.A.grad,
-            no_grad[1] if pair.B.grad is None else pair.B.grad,
+        grads = pair.as_matrices(  # of a parameter without gradient not used
+            pair.A if pair.A.grad is None else pair.A.grad,
+            pair.B if pair.B.grad is None else pair.B.grad,
         )
 
         def factor(which: int, parameter: Tensor, group: Group, state: Group) -> FactorWork:
             return FactorWork(
                 values[which],
                 None if parameter.grad is None else grads[which],
-                Moments(state["step"], means[which], squares[which]),
+                Moments(state["step"].reshape(count), means[which], squares[which]),
                 group["lr"],
                 group["weight_decay"],
                 AdamSettings(group["momentum"], group["betas"][1], group["eps"]),

@@ -21,12 +21,14 @@ from cg_optim.rule import AdamSettings, Direction, Moments, hidden_whitening, wh
 
 @dataclass(frozen=True)
 class FactorWork:
-    """One factor (A or B) of one pair in this step, every tensor as a 2-D matrix.
+    """One factor (A or B) of one pair in this step, every tensor as a matrix.
 
     Attributes:
-        value: View of the parameter, ``(rows, d)``.
+        value: View of the parameter, ``(rows, d)``; ``(experts, rows, d)`` where one pair of
+            parameters holds several experts.
         grad: Its gradient, or None if it takes no part in this step.
-        state: ``step``, ``exp_avg`` and ``exp_avg_sq`` as views of the saved tensors.
+        state: ``step``, ``exp_avg`` and ``exp_avg_sq`` as views of the saved tensors;
+            ``step`` is ``()``, or ``(1,)`` for all experts.
         lr: Learning rate, a number or a one-element tensor.
         weight_decay: Decoupled weight decay, times ``lr``.
         settings: Adam's constants.
@@ -120,9 +122,11 @@ def _step_stack(items: list[PairWork]) -> Tensor:
     usable = torch.stack(
         [flag for move in moves for flag in (move.direction.usable, all_finite(move.value))]
     ).all(0)
+    if usable.ndim > 1:  # (pairs, experts): they have one count of steps
+        usable = usable.all(-1, keepdim=True)
     for move in moves:
         _write_back(move, usable)
-    return ~usable
+    return ~usable.reshape(len(items))
 
 
 class _Move(NamedTuple):
@@ -165,11 +169,11 @@ def _stepped(factor: FactorWork, old_value: Tensor, direction: Direction) -> Ten
 
 
 def _write_back(move: _Move, usable: Tensor) -> None:
-    keep = usable[:, None, None]
+    keep = usable[..., None, None]
     targets = [f.value for f in move.factors]
     _scatter(targets, torch.where(keep, move.value, move.old_value))
     for field, old, new in zip(Moments._fields, move.before, move.direction.moments, strict=True):
-        mask = usable if old.ndim == 1 else keep
+        mask = usable if field == "step" else keep
         _scatter([getattr(f.state, field) for f in move.factors], torch.where(mask, new, old))
 
 

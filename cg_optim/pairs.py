@@ -41,11 +41,15 @@ class LoRAPair:
         kind: Where the pair comes from, for ``summary()``; e.g. ``"peft.Linear"``.
         transposed: Whether ``A`` and ``B`` are stored as ``(n, r)`` and ``(r, m)``.
         note: Why the pair cannot be observed, for ``summary()``; else empty.
+        experts: How many pairs of a mixture of experts are kept in the two parameters, each
+            stepped as a pair of its own: ``A`` then has shape ``(experts * r, n)`` with
+            the rows of one expert together, ``B`` has ``(m, r * experts)`` with the columns
+            of expert ``e`` at ``e::experts``, as PEFT's ``target_parameters`` keeps them.
 
     Raises:
         PairError: If A and B are not two different matrices of one floating dtype
-            and rank, if exactly one module is given, or if ``scaling`` is not a
-            finite non-zero number.
+            and rank, if exactly one module is given, if ``scaling`` is not a finite
+            non-zero number, or if ``experts`` does not fit.
     """
 
     A: nn.Parameter
@@ -57,6 +61,7 @@ class LoRAPair:
     kind: str = "declared"
     transposed: bool = False
     note: str = ""
+    experts: int = 1
 
     def __post_init__(self) -> None:
         for letter, factor in (("A", self.A), ("B", self.B)):
@@ -76,6 +81,7 @@ class LoRAPair:
                 )
         if self.A is self.B:
             raise PairError(f"{self.name}: A and B are the same parameter; pass two different ones")
+        self._check_experts()
         rank_of_a, _ = self._shape_of(self.A)
         _, rank_of_b = self._shape_of(self.B)
         if rank_of_a != rank_of_b:
@@ -97,14 +103,31 @@ class LoRAPair:
                 f"{self.name}: scaling is {self.scaling!r}; expected a finite number other than 0"
             )
 
+    def _check_experts(self) -> None:
+        experts: object = self.experts
+        if not isinstance(experts, int) or isinstance(experts, bool) or experts < 1:
+            raise PairError(f"{self.name}: experts is {experts!r}; expected a positive integer")
+        if experts == 1:
+            return
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] % experts:
+            raise PairError(
+                f"{self.name}: A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not hold "
+                f"{experts} experts; expected A (experts * r, n) and B (m, r * experts)"
+            )
+        if self.transposed or self.input_module is not None:
+            raise PairError(
+                f"{self.name}: a pair of several experts can be neither transposed nor observed; "
+                "leave out transposed, input_module and output_module"
+            )
+
     def _shape_of(self, factor: Tensor) -> tuple[int, int]:
         rows, columns = factor.shape[0], math.prod(factor.shape[1:])
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def rank(self) -> int:
-        """The rank ``r``."""
-        return self._shape_of(self.A)[0]
+        """The rank ``r``, of one expert if there are several."""
+        return self._shape_of(self.A)[0] // self.experts
 
     @property
     def in_features(self) -> int:
@@ -125,8 +148,12 @@ class LoRAPair:
         """View tensors shaped like A and B (values, gradients) as ``(r, n)`` and ``(m, r)``.
 
         Convolution kernels are flattened; the results are views wherever the memory
-        layout allows it.
+        layout allows it.  Several experts come as stacks, ``(experts, r, n)`` and
+        ``(experts, m, r)``.
         """
+        if self.experts > 1:
+            of_a = a_like.unflatten(0, (self.experts, self.rank))
+            return of_a, b_like.unflatten(1, (self.rank, self.experts)).permute(2, 0, 1)
         a_matrix, b_matrix = a_like.flatten(1), b_like.flatten(1)
         return (a_matrix.t(), b_matrix.t()) if self.transposed else (a_matrix, b_matrix)
 

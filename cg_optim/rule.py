@@ -76,7 +76,7 @@ class Moments(NamedTuple):
     """Adam's state of a stack of matrices.
 
     Attributes:
-        step: ``(...)`` float tensor, number of updates so far.
+        step: ``(...)`` float tensor, number of updates so far; its last dimension may be 1.
         exp_avg: ``(..., rows, d)``, mean gradient in plain coordinates.
         exp_avg_sq: ``(..., rows, d)``, mean squared gradient in whitened coordinates.
     """

@@ -42,6 +42,18 @@ def test_observed_with_both_modules() -> None:
     assert pair(input_module=nn.Identity(), output_module=nn.Identity()).observed
 
 
+def test_experts_come_as_stacks_of_views() -> None:
+    several = pair(A=parameter(6, 5), B=parameter(7, 6), experts=3)
+    assert (several.rank, several.in_features, several.out_features) == (2, 5, 7)
+    downs, ups = several.as_matrices(several.A.detach(), several.B.detach())
+    assert torch.equal(downs, several.A.view(3, 2, 5))
+    assert torch.equal(ups, torch.stack([several.B[:, e::3] for e in range(3)]))
+    downs.zero_()
+    ups.zero_()
+    assert not several.A.any()
+    assert not several.B.any()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_are_views(transposed: bool) -> None:
     shapes = ((5, 2), (2, 7)) if transposed else ((2, 5), (7, 2))
@@ -69,6 +81,17 @@ REFUSED = {
     "transposed by mistake": ({"transposed": True}, "rank 5 but B .* rank 7"),
     "only an input": ({"input_module": nn.Identity()}, "output_module is missing"),
     "only an output": ({"output_module": nn.Identity()}, "input_module is missing"),
+    "experts zero": ({"experts": 0}, "experts is 0"),
+    "experts a truth value": ({"experts": True}, "experts is True"),
+    "experts that do not divide": ({"experts": 3}, r"A \(2, 5\).*do not hold 3 experts"),
+    "experts of a convolution": (
+        {"A": parameter(2, 5, 3, 3), "B": parameter(7, 2, 1, 1), "experts": 2},
+        "do not hold 2 experts",
+    ),
+    "experts observed": (
+        {"experts": 2, "input_module": nn.Identity(), "output_module": nn.Identity()},
+        "neither transposed nor observed",
+    ),
     "scaling zero": ({"scaling": 0.0}, "scaling is 0.0"),
     "scaling infinite": ({"scaling": float("inf")}, "scaling is inf"),
     "scaling as text": ({"scaling": "2"}, "scaling is '2'"),

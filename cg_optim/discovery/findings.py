@@ -60,6 +60,7 @@ class Candidate:
     output_module: nn.Module | None = None
     transposed: bool = False
     note: str = ""
+    experts: int = 1
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:

@@ -145,15 +145,17 @@ def _adapter(site: Site, adapter: str) -> Finding:
     note = _why_unobserved(site, a_weight, variant)
     # aLoRA applies A and B to a subset of the tokens: A's own input has B's rows.
     input_module = a_entry if variant == "ALoraLinearVariant" else layer
+    experts = getattr(layer, "num_experts", 1)
     return Candidate(
         A=a_weight,
         B=b_weight,
         name=site.label if adapter == "default" else f"{site.label} ({adapter})",
-        kind=f"peft.{type(layer).__name__}",
+        kind=f"peft.{type(layer).__name__}" + (f", {experts} experts" if experts > 1 else ""),
         scaling=float(layer.scaling[adapter]),
         input_module=None if note else input_module,
         output_module=None if note else b_entry,
         note=note,
+        experts=experts,
     )
 
 
@@ -190,8 +192,6 @@ def _variant(layer: Any, adapter: str) -> str:
 
 def _misfit(layer: Any, a_entry: Any, b_entry: Any, variant: str) -> str:
     """Why A and B are not the factors of one matrix from x to y; empty if they are."""
-    if getattr(layer, "num_experts", 1) > 1:
-        return "MoE adapter: experts interleaved in one matrix"
     a_shape, b_shape = tuple(a_entry.weight.shape), tuple(b_entry.weight.shape)
     shapes = f"A {a_shape}, B {b_shape}" + (f", {variant}" if variant else "")
     same_rank = a_shape[0] == math.prod(b_shape[1:])
@@ -219,7 +219,8 @@ def _why_unobserved(site: Site, a_weight: nn.Parameter, variant: str) -> str:
     ):
         return ATTENTION
     if hasattr(layer, "parameter_name"):
-        return "target_parameters: the product is added to the weight, hooks do not fire"
+        each = ", a pair for each expert" if getattr(layer, "num_experts", 1) > 1 else ""
+        return f"target_parameters{each}: the product is added to the weight, hooks do not fire"
     if variant and variant not in _OBSERVED_VARIANTS:
         return f"{variant}: not known to compute B A x, gradient-only rule"
     return ""
