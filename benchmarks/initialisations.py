@@ -25,7 +25,13 @@ from cg_optim import curvature_init_
 from .problem import Problem
 
 CALIBRATION_BATCHES = 4
-"""Training batches that data-driven initialisations look at before the first step."""
+"""Training batches that PEFT's data-driven initialisations look at before the first step."""
+
+CURVATURE_BATCHES = 3
+"""Those that ours look at: one for the curvature, one for the gradient, one for the length."""
+
+MOVING = ("curvature-newton",)
+"""Initialisations after which the model is another function than before."""
 
 
 def adapt(problem: Problem, seed: int, init: str | None = None) -> nn.Module:
@@ -120,7 +126,7 @@ def _corda(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
 def _curvature(mode: str) -> Callable[[Problem, nn.Module, int], nn.Module]:
     def build(problem: Problem, model: nn.Module, seed: int) -> nn.Module:
         adapted = _plain(problem, model, seed)
-        batches = islice(problem.batches(seed), CALIBRATION_BATCHES)
+        batches = islice(problem.batches(seed), CURVATURE_BATCHES)
         curvature_init_(adapted, batches, problem.loss, mode=mode, seed=seed, progress=False)
         return adapted
 

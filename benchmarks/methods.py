@@ -340,8 +340,15 @@ OUR_STARTS = {
 
 def _starting(method: Method, init: str, title: str) -> Method:
     """``method`` from another start: ``eva`` for AdamW, ``cg-eva`` for ours."""
+
+    def revision() -> str:
+        from cg_optim.initialisation.curvature_init import START_VERSION
+
+        return f"{method.revision()}start{START_VERSION}"
+
     return replace(
         method,
+        revision=revision if init in OUR_STARTS else method.revision,
         name=init if method.name == "adamw" else f"{method.name}-{init}",
         title=f"{title} + {method.title}",
         package="peft",

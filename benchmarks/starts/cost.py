@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import language_model
 from ..adapters import linear_layers
 from ..cells import environment
+from ..initialisations import CALIBRATION_BATCHES, CURVATURE_BATCHES
 from ..problem import LoraSettings, Problem
 from ..report.table import MISSING, grid, size
 from ..stdlib_texts import english_text
@@ -181,8 +182,9 @@ def table(record: dict[str, Any]) -> str:
     header = ("initialisation", "CPU seconds", "memory", "of LoRA-GA's time", "of its memory")
     note = (
         f"Llama of {shape['layers']} layers, d = {shape['hidden']}, float32, rank {shape['rank']}, "
-        f"4 batches of {shape['batch']} x {shape['length']} tokens for all but PiSSA (none) and "
-        "the optimizer's own (its first training batch; the difference between two training "
-        "steps); memory is how far the process's peak rises above that of a training step."
+        f"{CALIBRATION_BATCHES} batches of {shape['batch']} x {shape['length']} tokens for PEFT's "
+        f"but PiSSA (none), {CURVATURE_BATCHES} for curvature_init_, and for the optimizer's own "
+        "its first training batch (the difference between two training steps); memory is how far "
+        "the process's peak rises above that of a training step."
     )
     return f"{grid(header, rows)}\n\n{note}"

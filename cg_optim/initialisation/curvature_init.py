@@ -22,6 +22,8 @@ from cg_optim.initialisation.surroundings import left_alone, progress_bar
 from cg_optim.pairs import LoRAPair
 
 MODES = ("keep", "newton", "shift")
+#: Raised with every change of what is computed here, so that old measurements can be told apart.
+START_VERSION = 2
 #: Mean loss of one batch; what a batch is, only this function knows.
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -45,8 +47,9 @@ def curvature_init_(
     Estimates, for each layer, the input curvature ``X = E[x x^T]``, the output curvature
     ``S = E[g g^T]`` and the leading directions of the gradient whitened by both
     (:mod:`cg_optim.initialisation.low_rank` has the equations).  The first half of the
-    batches gives the curvature and the second half the gradient; the last of three or more
-    is seen by neither, to search the length of the step on.  A single batch is used for all.
+    batches gives the curvature and the subspace, the second half the step inside it; the last
+    of three or more is seen by neither, to search the length of the step on.  A single batch
+    is used for all.  Three batches, one for each purpose, are often enough.
     No matrix of the size of a weight is built in modes ``"keep"`` and ``"newton"``.
 
     >>> curvature_init_(model, batches, lambda model, batch: model(**batch).loss)
@@ -110,19 +113,27 @@ def curvature_init_(
 
     with left_alone(model, observed, seed):
         statistics = Statistics(observed, curvature, damping, seed)
-        parts = _parts(data)
-        losses = (sampled_loss_fn or loss_fn, loss_fn)
+        first, second = _parts(data)
+
+        def learn_from(loss: Tensor) -> None:
+            loss.backward()
+            statistics.end_of_batch()
+            model.zero_grad(set_to_none=True)
+            advance()
+
+        passes = len(first) * (1 if sampled_loss_fn is None else 2) + len(second)
         try:
-            with progress_bar(sum(map(len, parts)), progress) as advance:
-                for part, each_loss in zip(parts, losses, strict=True):
-                    for batch in part:
-                        with torch.enable_grad():
-                            each_loss(model, batch).backward()
-                        statistics.end_of_batch()
-                        model.zero_grad(set_to_none=True)
-                        advance()
-                    if not statistics.sketching:
-                        statistics.start_sketching()
+            with progress_bar(passes, progress) as advance, torch.enable_grad():
+                for batch in first:
+                    if sampled_loss_fn is not None:
+                        statistics.rows_wanted = False
+                        learn_from(sampled_loss_fn(model, batch))
+                        statistics.curvature_wanted, statistics.rows_wanted = False, True
+                    learn_from(loss_fn(model, batch))
+                    statistics.curvature_wanted = True
+                statistics.start_projecting()
+                for batch in second:
+                    learn_from(loss_fn(model, batch))
         finally:
             statistics.close()
         layers = {i: statistics.whitened(i) for i in range(len(observed))}
@@ -213,7 +224,9 @@ def _newton(
 
         report.loss_before = loss_now()
         try:
-            length, report.loss_after = search_length(loss_at, report.loss_before)
+            length, report.loss_after = search_length(
+                loss_at, report.loss_before, sum(layer.slope for layer in layers.values())
+            )
         except BaseException:
             take_back()
             raise

@@ -1,6 +1,6 @@
 r"""``A`` from the first training batch: the same subspace without a pass of its own.
 
-During the backward passes before the first step hooks add up ``Z = \Psi^T D`` ``(l, n)`` for
+During the backward passes before the first step hooks add up ``Z = \Psi^T D`` ``(k, n)`` for
 every fresh pair, with a random ``\Psi`` and the gradient ``D`` of its output (micro-batches add
 up).  In ``step()``, with the input curvature of these same rows,
 
@@ -27,7 +27,7 @@ from cg_optim.damped import DampedInput
 from cg_optim.factor_state import factor_dtype
 from cg_optim.initialisation.fresh import is_fresh
 from cg_optim.initialisation.low_rank import row_space, with_norm_of
-from cg_optim.initialisation.sketch import TestMatrices, right_vectors, sketch_sizes
+from cg_optim.initialisation.sketch import TestMatrices, right_vectors, sketch_size
 from cg_optim.pair_step import PairWork
 from cg_optim.pairs import LoRAPair
 
@@ -72,7 +72,7 @@ class FirstStep:
         sketch.addmm_((d @ psi).mT, x)
 
     def _blank(self, pair: LoRAPair) -> Tensor:
-        _, rows = sketch_sizes(pair.rank, pair.out_features, pair.in_features)
+        rows = sketch_size(pair.rank, pair.out_features, pair.in_features)
         shape = rows, pair.in_features
         return torch.zeros(shape, dtype=factor_dtype(pair.A), device=pair.A.device)
 

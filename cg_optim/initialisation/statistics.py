@@ -1,8 +1,9 @@
-"""What is collected of each layer before it is initialised: first X and S, then the sketch.
+"""What is collected of each layer before it is initialised: X, S and its gradient, in sketches.
 
-The two kinds of statistics come from different backward passes, because the sketch is taken in
-coordinates that the curvature makes white.  Layers with the same input share ``X``.  What is
-held is ``O((n + m) k)`` numbers for each layer and never a matrix of the size of its weight.
+First passes give the curvature and a sketch of the gradient's rows, second passes its
+projection on them (:mod:`cg_optim.initialisation.sketch`).  Layers with the same input share
+``X``.  What is held is ``O((n + m) k)`` numbers for each layer and never a matrix of the size
+of its weight.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from cg_optim.curvature_store import CurvatureStore
 from cg_optim.hooks import CurvatureObserver
 from cg_optim.initialisation.low_rank import SVD
 from cg_optim.initialisation.sketch import (
-    GradientSketch,
+    PROBES,
+    Projection,
+    RowSketch,
     TestMatrices,
-    sketch_sizes,
-    svd_of_sketches,
-    total_energy,
+    sketch_size,
 )
 from cg_optim.input_curvature import new_input_curvature
 from cg_optim.pairs import LoRAPair
@@ -39,6 +40,8 @@ class WhitenedLayer(NamedTuple):
         k_s: Whitening of the output gradients.
         scale: What ``-K_S M K_X^T`` must be multiplied by to be the Newton step that
             ``s B A`` stands for, divided by ``s``.
+        slope: How fast the loss falls along the step of rank ``r``, to first order and on the
+            batches of the second passes: by this much times the length of the step.
     """
 
     svd: SVD
@@ -46,6 +49,7 @@ class WhitenedLayer(NamedTuple):
     k_x: Whitening
     k_s: Whitening
     scale: float
+    slope: float
 
 
 class Statistics:
@@ -70,16 +74,26 @@ class Statistics:
             if pair.observed
         }
         self._tests = TestMatrices(seed)
-        #: Whether the sketch is being taken, not the curvature any more.
-        self.sketching = False
+        #: Whether second passes are under way.
+        self.projecting = False
+        #: Whether the first passes count for the curvature, and for the rows of the gradient.
+        self.curvature_wanted = self.rows_wanted = True
         self._whitenings: dict[int, tuple[Whitening, Whitening]] = {}
-        self._sketches: dict[int, GradientSketch] = {}
+        self._sketches = {index: self._row_sketch(index) for index in self._outputs}
+        self._projections: dict[int, Projection] = {}
         self._means: dict[int, float] = {}
         self._most_bytes = 0
         self._rows = dict.fromkeys(self._outputs, 0)
         self._curvature_batches = self._gradient_batches = 0
         self._observer = CurvatureObserver(pairs, self._consume, lambda *_: ())
         self._observer.gradient_consumer = self._consume_gradients
+
+    def _row_sketch(self, index: int) -> RowSketch:
+        pair = self._pairs[index]
+        size = sketch_size(pair.rank, pair.out_features, pair.in_features)
+        like = self._outputs[index].trace
+        psi = self._tests.get(pair.out_features, size, like, stream=1)
+        return RowSketch(psi, pair.in_features)
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -88,78 +102,76 @@ class Statistics:
     # ----------------------------------------------------------------- collecting
 
     def _consume(self, rows: Tensor, mask: Tensor, indices: tuple[int, ...]) -> None:
-        if not self.sketching:
+        if self.curvature_wanted:
             self._inputs.consume(rows, mask, indices)
 
     def _consume_gradients(self, index: int, rows: Tensor, gradients: Tensor) -> None:
-        if self.sketching:
-            if index in self._sketches:
-                self._sketches[index].add(rows, gradients)
-            return
-        curvature = self._outputs[index]
-        mask = gradients.any(-1)
-        self._rows[index] += int(mask.sum())
-        curvature.accumulate(gradients.to(curvature.device), mask.to(curvature.device))
+        if index in self._projections:
+            self._projections[index].add(rows, gradients)
+        if index in self._sketches and self.rows_wanted:
+            self._sketches[index].add(rows, gradients)
+        if index in self._outputs and self.curvature_wanted:
+            curvature = self._outputs[index]
+            mask = gradients.any(-1)
+            self._rows[index] += int(mask.sum())
+            curvature.accumulate(gradients.to(curvature.device), mask.to(curvature.device))
 
     def end_of_batch(self) -> None:
         """After each backward pass, while its gradients are still there."""
         self._observer.flush()
-        if self.sketching:
+        if self.projecting:
             self._gradient_batches += 1
-            return
-        self._curvature_batches += 1
-        self._inputs.update()
-        for curvature in self._outputs.values():
-            curvature.update(1.0 - 1e-6)  # a mean in which all batches count alike
+        elif self.curvature_wanted:
+            self._curvature_batches += 1
+            self._inputs.update()
+            for curvature in self._outputs.values():
+                curvature.update(1.0 - 1e-6)  # a mean in which all batches count alike
 
-    def start_sketching(self) -> None:
-        """From the next batch on, sketch gradients whitened by what was collected so far.
+    def start_projecting(self) -> None:
+        """From the next batch on, project gradients on the rows found so far.
 
         Pairs of which nothing usable was seen are left out from here on.
         """
-        self.sketching = True
+        self.projecting, self.curvature_wanted, self.rows_wanted = True, False, False
+        self.bytes_held()
         for index, curvature in self._outputs.items():
             damped_x = self._inputs.damped(index, self._damping)
-            damped_s = curvature.damped(self._damping)
-            if damped_x is None or damped_s is None:
+            if damped_x is None:
                 continue
-            self._whitenings[index] = damped_x.whitening(), damped_s.whitening()
+            self._whitenings[index] = (
+                damped_x.whitening(),
+                curvature.damped(self._damping).whitening(),
+            )
             mean_s = float(curvature.trace) / self._pairs[index].out_features
             self._means[index] = self._mean_of_inputs(index) * mean_s
-        self.bytes_held()
-        sharing = [self._inputs.of(index) for index in range(len(self._pairs))]
-        groups = [id(curvature) for curvature in sharing]
-        likes = {index: curvature.trace for index, curvature in self._outputs.items()}
         # The whitenings are all that is needed of the curvature from here on.
         self._inputs, self._outputs = CurvatureStore((), "auto"), {}
-        del sharing
-        projections: dict[tuple[int, int], Tensor] = {}
-        for index, (k_x, k_s) in self._whitenings.items():
-            pair, like = self._pairs[index], likes[index]
-            k, size = sketch_sizes(pair.rank, pair.out_features, pair.in_features)
-            shared = groups[index], k
-            if shared not in projections:
-                omega = self._tests.get(pair.in_features, k, like)
-                projections[shared] = k_x.apply_transposed(omega.mT).mT
-            psi = self._tests.get(pair.out_features, size, like, stream=1)
-            self._sketches[index] = GradientSketch(projections[shared], k_s, psi)
+        for index, (k_x, _) in self._whitenings.items():
+            pair, sketch = self._pairs[index], self._sketches.pop(index)
+            n, m = pair.in_features, pair.out_features
+            basis = sketch.basis(k_x)
+            if basis is not None:
+                probes = self._tests.get(n, min(PROBES, n), basis)
+                self._projections[index] = Projection(basis, probes, k_x, m)
+        self._sketches.clear()
 
     # -------------------------------------------------------------------- results
 
     def whitened(self, index: int) -> WhitenedLayer | None:
         """What was collected of a pair; None if it got no gradient, or not a finite one."""
-        sketch = self._sketches.get(index)
-        if sketch is None:
+        projection = self._projections.get(index)
+        if projection is None:
             return None
-        k_x, k_s = self._whitenings[index]
-        whitened_range = k_s.apply(sketch.range.mT).mT
-        whitened_corange = k_x.apply(sketch.corange)
-        size = whitened_range.abs().max() * whitened_corange.abs().max()
+        size = projection.columns.abs().max()
         if not bool(torch.isfinite(size) & (size > 0)):
             return None
-        svd = svd_of_sketches(whitened_range, whitened_corange, sketch.output_test)
-        energy = torch.maximum(total_energy(whitened_corange), svd.values.square().sum())
-        return WhitenedLayer(svd, energy, k_x, k_s, self._scale(index))
+        k_x, k_s = self._whitenings[index]
+        svd, energy = projection.svd(k_s)
+        pair, scale = self._pairs[index], self._scale(index)
+        captured = float(svd.values[: pair.rank].double().square().sum())
+        gradients = _gradient_factor(pair) * self._gradient_batches
+        slope = scale * pair.scaling * captured / gradients
+        return WhitenedLayer(svd, energy, k_x, k_s, scale, slope)
 
     def _scale(self, index: int) -> float:
         """See :class:`WhitenedLayer`.
@@ -182,6 +194,7 @@ class Statistics:
         """Most bytes that were held so far; each tensor counts once."""
         held: list[object] = [*self._inputs.distinct(), *self._outputs.values(), self._tests]
         held += [*self._whitenings.values(), *self._sketches.values()]
+        held += self._projections.values()
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors_in(held)}
         now = sum(storage.nbytes() for storage in storages.values())
         self._most_bytes = max(self._most_bytes, now)

@@ -1,76 +1,68 @@
-"""How far to go along the Newton step: a search over lengths on real data."""
+"""How far to go along the Newton step: a line search that starts from what is plausible.
+
+The layers' own Newton steps add up, and a step fitted to one batch is too long for others, so
+that the best common length is far below 1: anything between 0.3 and 1e-5 was seen.  The first
+length tried is a quarter of Polyak's: as if the loss fell in a straight line to three quarters
+of what it is.  On a parabola that reaches zero it is an eighth of the way.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-#: Where the search begins: the layers' own Newton steps add up, so that the best common
-#: length is far below 1.
-FIRST = 1.0 / 16.0
-#: Ratio of neighbouring lengths.
+#: The first length goes for this part of the loss.
+FIRST = 0.25
+#: The first length of a loss that is negative, for which no bound is known.
+FIRST_OF_NEGATIVE = 1.0 / 16.0
+#: A length that does not lower the loss is divided by this; none grows by more than its square.
 FACTOR = 4.0
-#: How often at most the search goes on in one direction.
+#: A length is tried beyond one that was good if it is more than this times as long.
+WORTHWHILE = 2.0
+#: How many lengths are tried at most.
 STEPS = 8
 
 
-def search_length(loss_at: Callable[[float], float], loss_at_zero: float) -> tuple[float, float]:
-    """The best of a few lengths, the last one at the vertex of a parabola through three.
+def search_length(
+    loss_at: Callable[[float], float], loss_at_zero: float, slope: float
+) -> tuple[float, float]:
+    """A length that lowers the loss.
 
-    Each length costs a forward pass; five of them are usual.
+    Each length costs a forward pass; one of them is usual.  It is divided by :data:`FACTOR`
+    until the loss is below ``loss_at_zero``.  If that was so at once, and so clearly that the
+    parabola through both losses with that slope has its minimum much farther out, the search
+    goes on there, as long as the loss falls.
 
     Args:
         loss_at: Loss after a step of a length; not finite where the step breaks the model.
         loss_at_zero: Loss without a step.
+        slope: How fast the loss falls at first, on other data: an upper bound.
 
     Returns:
         The length and its loss; ``(0, loss_at_zero)`` if no length lowers the loss.
     """
-    losses: dict[int, float] = {}
-
-    def look(power: int) -> float:
-        losses[power] = _finite(loss_at(FIRST * FACTOR**power))
-        return losses[power]
-
-    look(0)
-    _walk(losses, look, -1, loss_at_zero)
-    if min(losses, key=losses.__getitem__) == 0:
-        _walk(losses, look, 1, loss_at_zero)
-    best = min(losses, key=losses.__getitem__)
-    lengths = {FIRST * FACTOR**power: loss for power, loss in losses.items()}
-    vertex = FIRST * FACTOR ** (best + _vertex(losses, best))
-    if vertex not in lengths:
-        lengths[vertex] = _finite(loss_at(vertex))
-    length = min(lengths, key=lengths.__getitem__)
-    return (length, lengths[length]) if lengths[length] < loss_at_zero else (0.0, loss_at_zero)
-
-
-def _walk(
-    losses: dict[int, float], look: Callable[[int], float], direction: int, loss_at_zero: float
-) -> None:
-    """Go on while the loss falls, or while no length so far is better than no step at all."""
-    power = 0
+    if not 0.0 < slope < math.inf or not math.isfinite(loss_at_zero):
+        return 0.0, loss_at_zero
+    shrunk = False
+    length = FIRST * loss_at_zero / slope if loss_at_zero > 0 else FIRST_OF_NEGATIVE
+    best, least = 0.0, loss_at_zero
     for _ in range(STEPS):
-        least = min(losses.values())
-        if losses[power] > least and least < loss_at_zero:
-            return
-        power += direction
-        look(power)
+        loss = loss_at(length)
+        if not loss < least:  # NaN included
+            if best > 0.0:
+                break
+            length /= FACTOR
+            shrunk = True
+            continue
+        best, least = length, loss
+        farther = _vertex(length, loss_at_zero - loss, slope)
+        if shrunk or farther <= WORTHWHILE * length:
+            break
+        length = min(farther, FACTOR**2 * length)
+    return best, least
 
 
-def _vertex(losses: dict[int, float], best: int) -> float:
-    """Where between -1/2 and 1/2 the parabola through the best and its neighbours is lowest.
-
-    Half a step down if the step above breaks the model.
-    """
-    below, here, above = (losses.get(best + step, math.inf) for step in (-1, 0, 1))
-    if not math.isfinite(above):
-        return -0.5 if math.isfinite(here) and best + 1 in losses else 0.0
-    if not math.isfinite(below):
-        return 0.0
-    curvature = below - 2 * here + above
-    return 0.5 * (below - above) / curvature if curvature > 0 else 0.0
-
-
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+def _vertex(length: float, decrease: float, slope: float) -> float:
+    """Where the parabola with this slope at 0, lower by ``decrease`` at ``length``, is lowest."""
+    missing = slope * length - decrease
+    return 0.5 * slope * length**2 / missing if missing > 0 else math.inf

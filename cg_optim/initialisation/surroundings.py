@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from cg_optim.pairs import LoRAPair, factor_ids
+from cg_optim.pairs import LoRAPair
 
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module, pairs: Sequence[LoRAPair], seed: int) -> Iterator[None]:
-    """Only the pairs get gradients inside; everything is as before outside."""
-    factors = factor_ids(pairs)
+    """Only the ``B`` of the pairs get gradients inside; everything is as before outside."""
+    factors = {id(pair.B) for pair in pairs}
     parameters = list(model.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
