@@ -24,7 +24,8 @@ class LayerReport:
         rank: Its rank ``r``.
         captured_energy: Part of the energy in the ``r`` leading directions, 0 to 1.
         effective_rank: How many equally strong directions the gradient is like,
-            ``(sum e)^2 / sum e^2`` over the energies ``e``.
+            ``(sum e)^2 / sum e^2`` over the energies ``e``; what the sketch does not hold of
+            them counts as spread evenly, so that this is an upper bound.
         suggested_rank: Smallest rank that captures :data:`SUGGESTED_ENERGY` of the energy;
             the size of the sketch where that is not enough.
     """
@@ -48,11 +49,14 @@ def layer_report(pair: LoRAPair, values: Tensor, energy: Tensor) -> LayerReport:
     shares = squares.cumsum(0) / energy.double()
     enough = shares >= SUGGESTED_ENERGY
     suggested = int(enough.int().argmax()) + 1 if bool(enough.any()) else len(values)
+    others = min(pair.in_features, pair.out_features) - len(values)
+    rest = (energy.double() - squares.sum()).clamp_min(0)
+    fourth = squares.square().sum() + (rest.square() / others if others else 0)
     return LayerReport(
         pair.name,
         pair.rank,
         min(1.0, float(shares[min(pair.rank, len(shares)) - 1])),
-        float(energy.double().square() / squares.square().sum()),
+        float(energy.double().square() / fourth),
         suggested,
     )
 

@@ -97,7 +97,8 @@ class RowSketch:
         whitened = k_x.apply(self.rows)
         if not bool(torch.isfinite(whitened).all()) or not bool(whitened.any()):
             return None
-        return torch.linalg.qr(whitened.mT).Q
+        basis: Tensor = torch.linalg.qr(whitened.mT).Q
+        return basis
 
 
 class Projection:
