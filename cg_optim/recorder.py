@@ -5,7 +5,8 @@ One line is one look at the run::
     {"step": 30, "loss": 1.71, "lr": 0.001, "events": {"pair skipped": 0, ...},
      "layers": [{"name": "model.layers.0.self_attn.q_proj", "seen": true, ...}, ...]}
 
-``step`` is the number of steps taken before; what is unknown is null.
+``step`` is the number of steps taken before; what is unknown is null.  Lines of
+:meth:`RunRecorder.step` have ``"decrease": {"predicted": 0.012, "actual": 0.011}`` as well.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cg_optim.diagnostics import LayerDiagnostics
+from cg_optim.diagnostics import Decrease, LayerDiagnostics, step_and_compare
 from cg_optim.errors import HyperparameterError, RunFileError
 from cg_optim.integrations.wrappers import unwrap
 
@@ -72,12 +73,50 @@ class RunRecorder:
         if step % self._every == 0:
             self.write(step, self._optimizer.layer_diagnostics(), loss)
 
+    def step(self, loss_fn: Callable[[], Tensor]) -> Decrease | None:
+        """One training step in place of a loop's own; when it is time, it is compared.
+
+        The line then says by how much the loss of this batch was predicted to fall, and by
+        how much it fell (:func:`cg_optim.diagnostics.step_and_compare`), for one more
+        forward pass.
+
+        Args:
+            loss_fn: Returns the loss of one batch, a scalar.
+
+        Returns:
+            Both decreases, None in steps that are not looked at.
+        """
+        step, lr = self._steps(), float(self._optimizer.param_groups[0]["lr"])
+        if step % self._every:
+            self._optimizer.zero_grad()
+            loss_fn().backward()
+            self._optimizer.step()
+            return None
+        losses: list[Tensor] = []
+        layers: list[LayerDiagnostics] = []
+
+        def noted() -> Tensor:
+            loss = loss_fn()
+            losses.append(loss.detach())
+            return loss
+
+        hook = self._optimizer.register_step_pre_hook(
+            lambda *_: layers.extend(self._optimizer.layer_diagnostics())
+        )
+        try:
+            decrease = step_and_compare(self._optimizer, noted)
+        finally:
+            hook.remove()
+        self.write(step, layers, losses[0], lr, decrease)
+        return decrease
+
     def write(
         self,
         step: int,
         layers: Sequence[LayerDiagnostics],
         loss: float | Tensor | None = None,
         lr: float | None = None,
+        decrease: Decrease | None = None,
     ) -> None:
         """Write one line with what was seen before.
 
@@ -86,6 +125,7 @@ class RunRecorder:
             layers: From ``optimizer.layer_diagnostics()``.
             loss: The loss, if it is known.
             lr: The learning rate at the look, if a scheduler may have changed it since.
+            decrease: Of the loss in this step, if both were found out.
         """
         if lr is None:
             lr = float(self._optimizer.param_groups[0]["lr"])
@@ -98,6 +138,8 @@ class RunRecorder:
             "events": self._optimizer.diagnostics(),
             "layers": [asdict(layer) for layer in layers],
         }
+        if decrease is not None:
+            record["decrease"] = decrease._asdict()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
 

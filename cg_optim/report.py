@@ -120,9 +120,14 @@ def _draw_decrease(panel: Any, records: Sequence[Record]) -> None:
         (r["step"], sum(layer["predicted_decrease"] or 0.0 for layer in r["layers"]))
         for r in records
     ]
-    panel.plot(*zip(*totals, strict=True), color="black", marker=".")
+    panel.plot(*zip(*totals, strict=True), color="black", marker=".", label="predicted, all pairs")
+    actual = [(r["step"], r["decrease"]["actual"]) for r in records if r.get("decrease")]
+    known = [(step, value) for step, value in actual if value is not None]
+    if known:
+        panel.plot(*zip(*known, strict=True), color="#d95f02", marker=".", label="actual")
+        panel.legend(fontsize="small", framealpha=0.6)
     panel.axhline(0, color="grey", lw=0.8)
-    panel.set_title("predicted decrease of the loss, all pairs")
+    panel.set_title("decrease of the loss" + ("" if known else ", predicted, all pairs"))
 
 
 def _draw_bands(panel: Any, records: Sequence[Record], *fields: str, labels: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import HyperparameterError, OptimizerTypeError, RunFileError
 from cg_optim.recorder import REQUIRED, RunRecorder, read_run
-from tests.models import Tagger, batch, loss_of, tagger
+from tests.models import Tagger, assert_equal, batch, loss_of, parameters_of, tagger
 
 
 def train(
@@ -52,6 +52,22 @@ def test_every_look_is_a_line(path: Path) -> None:
     # Before the first step no input was folded in, and JSON has no NaN.
     assert run[0]["layers"][0]["effective_rank"] is None
     assert run[1]["layers"][0]["effective_rank"] > 1
+
+
+def test_a_step_of_its_own_trains_alike_and_compares(path: Path) -> None:
+    model, twin = tagger(), tagger()
+    optimizer, other = CGLoRAOptimizer(model, lr=1e-3), CGLoRAOptimizer(twin, lr=1e-3)
+    recorder = RunRecorder(path, optimizer, every=2)
+    seen = [recorder.step(lambda seed=seed: loss_of(model, batch(seed))) for seed in range(5)]
+    losses = train(twin, other, RunRecorder(path.with_suffix(".twin"), other), range(5))
+    assert_equal(parameters_of(model), parameters_of(twin))
+    assert [decrease is None for decrease in seen] == [False, True, False, True, False]
+    run, twins = read_run(path), read_run(path.with_suffix(".twin"))
+    assert [record["step"] for record in run] == [0, 2, 4]
+    assert [record["loss"] for record in run] == losses[::2]
+    assert [record["decrease"] for record in run] == [seen[i]._asdict() for i in (0, 2, 4)]
+    assert [record["layers"] for record in run] == [record["layers"] for record in twins[::2]]
+    assert seen[4].ratio == pytest.approx(1, abs=0.3)
 
 
 def test_a_resumed_run_goes_on_in_the_same_file_and_a_new_one_begins_anew(path: Path) -> None:

@@ -66,6 +66,21 @@ def test_every_panel_shows_what_was_recorded(run: Path, monkeypatch: pytest.Monk
     assert grid[0, 2] == pytest.approx(math.log10(longer))
 
 
+def test_the_actual_decrease_is_drawn_where_it_is_known(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    records = read_run(run)
+    records[1]["decrease"] = {"predicted": 0.2, "actual": 0.1}
+    records[2]["decrease"] = {"predicted": 0.2, "actual": None}
+    draw(records, Path("unused.png"))
+    _, actual, _ = drawn[0].axes[1].lines
+    assert list(actual.get_xydata().flatten()) == [2, 0.1]
+
+
 def test_factors_that_stand_still_are_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A's gradient is zero at B = 0, and zero has no place on a logarithmic axis."""
     from matplotlib.figure import Figure
