@@ -46,6 +46,9 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     for name in ("CGLoRAOptimizer.step", "LoRAPair", "curvature_init_"):
         assert re.search(rf'id="cg_optim\.[\w.]*{re.escape(name)}"', site["api.html"])
     assert 'id="cg_optim.rule.whitened_adam"' in site["internals.html"]
+    # A name that a docstring mentions leads to where the site has it.
+    assert 'href="internals.html#cg_optim.rule"' in site["api.html"]
+    assert 'href="api.html#cg_optim.pairs.LoRAPair"' in site["internals.html"]
     rest = re.findall(r":[a-z]+:`|\.\. math::", site["api.html"] + site["internals.html"])
     assert rest == []  # Sphinx's markup that nobody translated
 
@@ -88,6 +91,8 @@ def test_sphinx_markup_becomes_markdown() -> None:
     translate = hook("sphinx_roles").as_markdown
     text = "See :func:`~cg_optim.a.b` and :class:`C`::\n\n    code\n"
     assert translate(text) == "See `b` and `C`:\n\n    code\n"
+    linked = translate(text, {"C": "cg_optim.c.C"}.get)
+    assert linked == "See `b` and [`C`][cg_optim.c.C]:\n\n    code\n"
     text = "Sum\n\n.. math::\n    x = 1\n\n    y = 2\n\nand on.\n"
     assert " ".join(translate(text).split()) == "Sum $$ x = 1 $$ $$ y = 2 $$ and on."
 
