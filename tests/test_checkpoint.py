@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import nn
 
 from cg_optim import CGLoRAOptimizer
 from cg_optim.errors import StateError
+from tests import processes
 from tests.models import (
     LoRALinear,
     assert_equal,
@@ -30,48 +28,40 @@ from tests.models import (
 # Positions of the first pair among the trainable parameters of the tagger.
 A, B = 2, 3
 
-# Training in a process of its own: from the start, saving on the way, or resumed from there.
-TRAINING = """
-import sys, torch
-from cg_optim import CGLoRAOptimizer
-from tests.models import snapshot, tagger, train
-way, path, dtype, rank, saved_at = sys.argv[1:]
-rank, saved_at = rank if rank == "auto" else int(rank), int(saved_at)
-model = tagger(seed=7 if way == "resumed" else 0).to(getattr(torch, dtype))
-optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=rank)
-if way == "resumed":
-    saved = torch.load(path, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-else:
-    train(model, optimizer, range(saved_at))
-    torch.save(snapshot(model, optimizer), path)
-train(model, optimizer, range(saved_at, 20))
-torch.save(snapshot(model, optimizer), path + "." + way)
-"""
+
+def train_and_save(
+    way: str, path: Path, dtype: torch.dtype, curvature: str | int, saved_at: int
+) -> None:
+    """Train from the start and save on the way, or resume from there; save the end."""
+    model = tagger(seed=7 if way == "resumed" else 0).to(dtype)
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
+    if way == "resumed":
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        train(model, optimizer, range(saved_at))
+        torch.save(snapshot(model, optimizer), path)
+    train(model, optimizer, range(saved_at, 20))
+    torch.save(snapshot(model, optimizer), f"{path}.{way}")
 
 
 @pytest.mark.parametrize(
     ("dtype", "saved_at", "curvature"),
     [
-        ("float32", 10, "auto"),
-        ("bfloat16", 10, "auto"),
+        (torch.float32, 10, "auto"),
+        (torch.bfloat16, 10, "auto"),
         # Inside the interval in which no statistics are collected.
-        ("float32", 14, 3),
-        ("bfloat16", 15, 3),
+        (torch.float32, 14, 3),
+        (torch.bfloat16, 15, 3),
     ],
 )
 def test_resuming_in_a_new_process_is_bitwise(
-    tmp_path: Path, dtype: str, saved_at: int, curvature: str | int
+    tmp_path: Path, dtype: torch.dtype, saved_at: int, curvature: str | int
 ) -> None:
     path = tmp_path / "checkpoint.pt"
-    root = Path(__file__).parents[1]
-    # Two processes alike: sums are split by threads, and tests before may have set their number.
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     for way in ("straight", "resumed"):
-        command = [sys.executable, "-c", TRAINING, way, str(path), dtype, str(curvature)]
-        command.append(str(saved_at))
-        subprocess.run(command, check=True, cwd=root, env=environment, timeout=120)
+        processes.finish(processes.start(train_and_save, way, path, dtype, curvature, saved_at))
     straight, resumed = (
         torch.load(f"{path}.{way}", weights_only=True) for way in ("straight", "resumed")
     )

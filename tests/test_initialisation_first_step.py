@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cg_optim import CGLoRAOptimizer, errors
 from cg_optim.damped import DampedGram
 from cg_optim.initialisation.first_step import FirstStep
 from cg_optim.pairs import LoRAPair
+from tests import processes
 from tests.models import (
     LoRALinear,
     assert_close,
@@ -315,45 +315,27 @@ def test_refuses_what_makes_no_sense() -> None:
 
 # --------------------------------------------------------------------------- two ranks
 
-RANKS = """
-import os, sys, torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-from cg_optim import CGLoRAOptimizer
-from tests.models import batch, loss_of, parameters_of, tagger
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-model = tagger()
-for name, parameter in model.named_parameters():
-    if "lora_B" in name:
-        nn.init.zeros_(parameter)
-wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-optimizer = CGLoRAOptimizer(wrapped, lr=0.0, init="curvature")
-if rank:  # the second rank does not use the second block
-    model.blocks = model.blocks[:1]
-loss_of(wrapped, batch(rank)).backward()
-optimizer.step()
-moments = [state["exp_avg"] for state in optimizer.state.values()]
-trained = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-torch.save((trained, moments), out)
-distributed.barrier()
-os._exit(0)  # gloo's threads do not always survive a regular end
-"""
+
+def first_step_of_rank(rank: int, folder: Path) -> None:
+    """One step of one of two ranks, and what came of it in a file."""
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = fresh_tagger()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = CGLoRAOptimizer(wrapped, lr=0.0, init="curvature")
+    if rank:  # the second rank does not use the second block
+        model.blocks = model.blocks[:1]
+    loss_of(wrapped, batch(rank)).backward()
+    optimizer.step()
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    trained = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    torch.save((trained, moments), folder / f"{rank}.pt")
+    distributed.barrier()
+    os._exit(0)  # gloo's threads do not always survive a regular end
 
 
 def test_two_ranks_with_different_data_start_alike(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    store = f"file://{tmp_path / 'store'}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(rank), store, str(tmp_path / f"{rank}.pt")],
-            cwd=root,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes.finish(*(processes.start(first_step_of_rank, rank, tmp_path) for rank in range(2)))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_equal(one, other)
     before = parameters_of(fresh_tagger())

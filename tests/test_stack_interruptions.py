@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.fuzz.kills import WAYS, newest, train, train_with_kills
 from tests.models import assert_equal
 
@@ -23,7 +24,7 @@ def test_killed_and_restarted_training_ends_with_the_same_bits(tmp_path: Path) -
     alone = train(tmp_path / "alone", "atomic", STEPS)
     for way in WAYS:
         assert len(train_with_kills(tmp_path / way, way, STEPS, kills=1)) == 1
-    assert alone.wait() == 0
+    processes.finish(alone)
     steps, expected = newest(tmp_path / "alone")
     assert steps == STEPS
     for way in WAYS:
@@ -31,7 +32,7 @@ def test_killed_and_restarted_training_ends_with_the_same_bits(tmp_path: Path) -
 
 
 def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path: Path) -> None:
-    assert train(tmp_path, "torch.save", 2).wait() == 0
+    processes.finish(train(tmp_path, "torch.save", 2))
     whole = (tmp_path / "2.pt").read_bytes()
     (tmp_path / "2.pt").write_bytes(whole[: len(whole) // 2])
     steps, saved = newest(tmp_path)

@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import ctypes
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-# A process of its own, because the peak of a process never falls.  Activations are large
-# beside everything else; the warm-up step has no activations to speak of.
-TRAINING = """
-import sys, torch
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
 from cg_optim import CGLoRAOptimizer
+from tests import processes
 from tests.models import LoRALinear
 
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.up, self.down = LoRALinear(128, 512), LoRALinear(512, 128)
-    def forward(self, x):
+
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.down(nn.functional.gelu(self.up(x)))
 
-def peak():  # not ru_maxrss, which a process inherits from the one that started it
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-torch.manual_seed(0)
-way, which = sys.argv[1:]
-model = nn.ModuleList(Block() for _ in range(6))
-trainable = [p for p in model.parameters() if p.requires_grad]
-if which == "ours":
-    optimizer = CGLoRAOptimizer(model, lr=1e-3)
-else:
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+def peak() -> int:  # not ru_maxrss, which a process inherits from the one that started it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
-def step(rows):
-    x = torch.randn(rows, 128, requires_grad=way == "reentrant")
-    for block in model:
-        x = block(x) if way == "none" else checkpoint(block, x, use_reentrant=way == "reentrant")
-    x.square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
-step(8)
-before = peak()
-for _ in range(2):
-    step(4096)
-print(peak() - before)
-"""
+def growth_here(way: str, which: str) -> int:
+    # Freed tensors go back to the system at once, or the peak would be that of the heap's holes.
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, 65536)
+    torch.manual_seed(0)
+    model = nn.ModuleList(Block() for _ in range(6))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = (
+        CGLoRAOptimizer(model, lr=1e-3)
+        if which == "ours"
+        else torch.optim.AdamW(trainable, lr=1e-3)
+    )
+
+    def step(rows: int) -> None:
+        x = torch.randn(rows, 128, requires_grad=way == "reentrant")
+        for block in model:
+            if way == "none":
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=way == "reentrant")
+        x.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # Activations are large beside everything else; this first step has none to speak of.
+    step(8)
+    before = peak()
+    for _ in range(2):
+        step(4096)
+    return peak() - before
 
 
 def growth(way: str, which: str) -> int:
-    """By how much training raises the peak of a process's resident memory, in KiB."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    # Freed tensors go back to the system at once, or the peak would be that of the heap's holes.
-    environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = "65536"
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, way, which],
-        check=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    return int(done.stdout)
+    """By how much training raises the peak of a process's resident memory, in KiB.
+
+    In a process of its own, because the peak of a process never falls.
+    """
+    return processes.call(growth_here, way, which)
 
 
 @pytest.mark.slow

@@ -6,45 +6,21 @@ import argparse
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from cg_optim import CGLoRAOptimizer
+from tests import models, processes
+from tests.models import snapshot, tagger
 
 #: How a user may save.  ``atomic`` renames a finished file, so one is there as a whole or not
 #: at all; ``torch.save`` keeps the last files and goes on from the newest that can be read.
 WAYS = ("atomic", "torch.save")
-
-TRAINING = """
-import os, sys, time, torch
-from pathlib import Path
-from cg_optim import CGLoRAOptimizer
-from tests.fuzz.kills import newest
-from tests.models import snapshot, tagger, train
-folder, way, steps, pause = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-model = tagger()
-optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
-first, saved = newest(folder)
-if saved is not None:
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-for step in range(first, steps):
-    train(model, optimizer, [step])
-    path = folder / f"{step + 1}.pt"
-    if way == "atomic":
-        torch.save(snapshot(model, optimizer), folder / "new")
-        os.replace(folder / "new", path)
-    else:
-        torch.save(snapshot(model, optimizer), path)
-    (folder / f"{step - 1}.pt").unlink(missing_ok=True)
-    time.sleep(pause)
-"""
 
 
 def newest(folder: Path) -> tuple[int, Any]:
@@ -62,13 +38,29 @@ def finished(folder: Path) -> int:
     return max((int(path.stem) for path in folder.glob("*.pt")), default=0)
 
 
-def train(folder: Path, way: str, steps: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
+def _train(folder: Path, way: str, steps: int, pause: float) -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
+    first, saved = newest(folder)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    for step in range(first, steps):
+        models.train(model, optimizer, [step])
+        path = folder / f"{step + 1}.pt"
+        if way == "atomic":
+            torch.save(snapshot(model, optimizer), folder / "new")
+            os.replace(folder / "new", path)
+        else:
+            torch.save(snapshot(model, optimizer), path)
+        (folder / f"{step - 1}.pt").unlink(missing_ok=True)
+        time.sleep(pause)
+
+
+def train(folder: Path, way: str, steps: int, pause: float = 0.0) -> BaseProcess:
     """Start a process that trains from the newest checkpoint of a folder to the end."""
     folder.mkdir(exist_ok=True)
-    # Processes alike: sums are split by threads.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TRAINING, str(folder), way, str(steps), str(pause)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    return processes.start(_train, folder, way, steps, pause)
 
 
 def train_with_kills(folder: Path, way: str, steps: int, kills: int, seed: int = 0) -> list[int]:
@@ -82,17 +74,15 @@ def train_with_kills(folder: Path, way: str, steps: int, kills: int, seed: int =
         process = train(folder, way, steps, pause=0.02)
         # Evenly spread, so that there is something left to kill at the end.
         target = steps * (number + 1) // (kills + 2) + choose.randint(0, 1)
-        while process.poll() is None and finished(folder) < target:
+        while process.is_alive() and finished(folder) < target:
             time.sleep(0.005)
         time.sleep(choose.random() * 0.04)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            raise RuntimeError(
-                f"the training ended before kill {number}, with {process.returncode}"
-            )
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"the training ended before kill {number}, with {process.exitcode}")
         killed.append(finished(folder))
-    if train(folder, way, steps).wait():
-        raise RuntimeError("the last training failed")
+    processes.finish(train(folder, way, steps))
     return killed
 
 
@@ -103,8 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         alone = Path(temporary) / "alone"
-        if train(alone, "atomic", arguments.steps).wait():
-            raise SystemExit("the training failed")
+        processes.finish(train(alone, "atomic", arguments.steps))
         expected = newest(alone)
         for way in WAYS:
             folder = Path(temporary) / way
