@@ -93,6 +93,7 @@ def test_unusable_data_is_one_line_and_exit_code_2(capsys, tmp_path, content, me
 def test_exit_code_of_the_command(tmp_path, capsys, monkeypatch):
     missing = tmp_path / "missing.tsv"
     monkeypatch.setattr(sys, "argv", ["benchmarks.demo", "--data", str(missing)])
+    monkeypatch.delitem(sys.modules, "benchmarks.demo.__main__")
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("benchmarks.demo", run_name="__main__", alter_sys=True)
     assert caught.value.code == 2
