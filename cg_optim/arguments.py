@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def check_damping(damping: object) -> None:
     Raises:
         HyperparameterError: If it is not a finite number above 0.
     """
-    if not _is_number(damping) or not 0.0 < damping < math.inf:  # type: ignore[operator]
+    if not _is_number(damping) or not 0.0 < damping < math.inf:
         raise HyperparameterError(
             f"damping is {damping!r}; expected a number > 0 (relative to the mean curvature)"
         )
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
     return float(value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, int):  # torch takes no integer beyond 64 bits for a float
         return not isinstance(value, bool) and abs(value) <= 2**53
     return isinstance(value, float)
@@ -96,7 +96,7 @@ def _check_lr(lr: object) -> None:
         if lr.device.type == "meta":
             raise HyperparameterError("lr is a tensor without a value (on the meta device)")
         lr = lr.item()
-    if not _is_number(lr) or not 0.0 <= lr < math.inf:  # type: ignore[operator]
+    if not _is_number(lr) or not 0.0 <= lr < math.inf:
         raise HyperparameterError(f"lr is {lr!r}; expected a finite number >= 0")
 
 

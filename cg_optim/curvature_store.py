@@ -129,8 +129,7 @@ class CurvatureStore:
         if curvature is None:
             return set()
         curvature.discard(None if unless is None else unless.to(curvature.device))
-        members = {i for i, c in self._curvature_of.items() if c is curvature}
-        return members
+        return {i for i, c in self._curvature_of.items() if c is curvature}
 
     # ------------------------------------------------------------------ state
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from cg_optim.damped import DampedGram, DampedInput
 from cg_optim.input_curvature import DenseCurvature, InputCurvature, LowRankCurvature
+from cg_optim.linalg import effective_rank
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.rule import Moments, hidden_whitening
 from cg_optim.summary import aligned
@@ -156,15 +157,6 @@ def _spectrum(curvature: InputCurvature) -> Tensor:
     others = curvature.features - curvature.rank
     tail = (curvature.trace.double() - kept.sum()).clamp_min(0) / others
     return torch.cat([kept, tail.expand(others)])
-
-
-def effective_rank(eigenvalues: Tensor) -> float:
-    """Exponential of the entropy of eigenvalues ``(n,)`` normalised to sum 1; NaN if all are 0.
-
-    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
-    """
-    share = eigenvalues / eigenvalues.sum()
-    return float(torch.special.entr(share).sum().exp())
 
 
 def _condition(damped: DampedInput) -> float:

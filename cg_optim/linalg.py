@@ -78,6 +78,15 @@ def add_to_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
     return damped
 
 
+def effective_rank(eigenvalues: Tensor) -> float:
+    """Exponential of the entropy of eigenvalues ``(n,)`` normalised to sum 1; NaN if all are 0.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    share = eigenvalues / eigenvalues.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
 _recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded rungs", default=None)
 
 

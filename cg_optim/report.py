@@ -107,7 +107,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def _draw_loss(panel: Any, records: Sequence[Record]) -> None:
     known = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
-    panel.plot(*zip(*known, strict=True), color="black", marker=".") if known else None
+    if known:
+        panel.plot(*zip(*known, strict=True), color="black", marker=".")
     panel.set_title("training loss" if known else "training loss (not recorded)")
     rates = panel.twinx()
     rates.plot([r["step"] for r in records], [r["lr"] for r in records], color="grey", ls=":")

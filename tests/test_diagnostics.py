@@ -17,12 +17,12 @@ from cg_optim import CGLoRAOptimizer, LoRAPair
 from cg_optim.curvature_store import collects_at
 from cg_optim.diagnostics import (
     LayerDiagnostics,
-    effective_rank,
     scalars,
     step_and_compare,
     table,
 )
 from cg_optim.errors import NumericalWarning
+from cg_optim.linalg import effective_rank
 from tests.models import (
     LoRALinear,
     assert_equal,

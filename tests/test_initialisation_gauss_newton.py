@@ -125,9 +125,8 @@ def test_the_unshifted_start_is_the_best_low_rank_approximation(sampled: bool) -
         energy = values.square()
         (entry,) = report.layers
         assert entry.captured_energy == pytest.approx(float(energy[:RANK].sum() / energy.sum()))
-        assert entry.effective_rank == pytest.approx(
-            float(energy.sum() ** 2 / energy.square().sum())
-        )
+        share = energy / energy.sum()
+        assert entry.effective_rank == pytest.approx(float((-share * share.log()).sum().exp()))
     else:
         assert relative_error(start, best) > 0.1
     # And that is what it does: nothing of its rank comes nearer to the exact minimum.

@@ -98,12 +98,12 @@ class FirstStep:
             By pair ``C``, ``(r, r)``: from the right it turns the gradient of ``B`` into the
             one for the new ``A``.  Pairs that stay as they were are missing.
         """
-        distributed = _several_ranks()
-        if distributed:
+        together = _several_ranks()
+        if together:
             self._sum_over_ranks()
         starts = {index: self._start_of(index, damped(index)) for index in list(self._sketches)}
         found = {index: start for index, start in starts.items() if start is not None}
-        if distributed:
+        if together:
             found = self._of_first_rank(found)
         for index, start in found.items():
             self._down(index).copy_(start.down)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cg_optim.alignment import Factors
 from cg_optim.initialisation.base_weights import MovedWeight
+from cg_optim.linalg import effective_rank
 from cg_optim.pairs import LoRAPair
 
 #: The suggested rank captures this part of a layer's energy.
@@ -23,9 +24,9 @@ class LayerReport:
         name: Name of the pair.
         rank: Its rank ``r``.
         captured_energy: Part of the energy in the ``r`` leading directions, 0 to 1.
-        effective_rank: How many equally strong directions the gradient is like,
-            ``(sum e)^2 / sum e^2`` over the energies ``e``; what the sketch does not hold of
-            them counts as spread evenly, so that this is an upper bound.
+        effective_rank: How many equally strong directions the gradient is like
+            (:func:`cg_optim.linalg.effective_rank` of the energies); what the sketch does not
+            hold of them counts as spread evenly, so that this is an upper bound.
         suggested_rank: Smallest rank that captures :data:`SUGGESTED_ENERGY` of the energy;
             the size of the sketch where that is not enough.
     """
@@ -51,12 +52,12 @@ def layer_report(pair: LoRAPair, values: Tensor, energy: Tensor) -> LayerReport:
     suggested = int(enough.int().argmax()) + 1 if bool(enough.any()) else len(values)
     others = min(pair.in_features, pair.out_features) - len(values)
     rest = (energy.double() - squares.sum()).clamp_min(0)
-    fourth = squares.square().sum() + (rest.square() / others if others else 0)
+    spectrum = torch.cat([squares, (rest / max(others, 1)).expand(others)])
     return LayerReport(
         pair.name,
         pair.rank,
         min(1.0, float(shares[min(pair.rank, len(shares)) - 1])),
-        float(energy.double().square() / fourth),
+        effective_rank(spectrum),
         suggested,
     )
 
