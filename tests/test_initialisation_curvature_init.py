@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -349,6 +351,24 @@ def test_the_report_prints_a_table() -> None:
         assert 0 < layer.captured_energy <= 1
         assert layer.effective_rank >= 1
         assert layer.suggested_rank >= 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_pass_moves_the_bar(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Bar(contextlib.nullcontext[Any]):
+        def __init__(self, total: int, delay: float, **_: Any) -> None:
+            super().__init__(self)
+            seen.append(total)
+            assert delay > 0
+
+        def update(self) -> None:
+            seen[0] -= 1
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    curvature_init_(fresh_tagger(), BATCHES, loss_of, progress=wanted)
+    assert seen == ([0] if wanted else [])
 
 
 def test_works_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,12 @@ def test_costs_are_measured(start):
     assert found["bytes"] >= 0
 
 
+def test_a_start_that_takes_too_long_is_given_up():
+    endless = cost.Shape(hidden=512, intermediate=512, layers=16, batch=64, length=256)
+    found = cost.measure_all(endless, threads=1, starts=["lora-ga"], limit=2)
+    assert found["starts"] == {"lora-ga": {"error": "not done after 2 s"}}
+
+
 def test_the_table_of_costs_refers_to_plain_adapters_and_to_lora_ga():
     starts = {
         "plain": {"seconds": 1.0, "bytes": 100.0},
