@@ -95,6 +95,8 @@ def curvature_init_(
         HyperparameterError: If ``mode``, ``length``, ``damping`` or ``curvature`` is out of
             range.
         AdapterError: If the adapters are frozen, merged or disabled.
+        PairError: If a declared pair is none, or two share a parameter or a name.
+        ParameterError: If ``model`` is not a module.
     """
     _check_numbers(mode, length, damping, curvature)
     found = arguments.discover(model, arguments.as_pairs(pairs)).pairs

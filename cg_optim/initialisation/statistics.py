@@ -133,7 +133,7 @@ class Statistics:
         Pairs of which nothing usable was seen are left out from here on.
         """
         self.projecting, self.curvature_wanted, self.rows_wanted = True, False, False
-        self.bytes_held()
+        self._note_bytes()  # the curvature goes below
         for index, curvature in self._outputs.items():
             damped_x = self._inputs.damped(index, self._damping)
             if damped_x is None:
@@ -192,13 +192,16 @@ class Statistics:
 
     def bytes_held(self) -> int:
         """Most bytes that were held so far; each tensor counts once."""
+        self._note_bytes()
+        return self._most_bytes
+
+    def _note_bytes(self) -> None:
         held: list[object] = [*self._inputs.distinct(), *self._outputs.values(), self._tests]
         held += [*self._whitenings.values(), *self._sketches.values()]
         held += self._projections.values()
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors_in(held)}
         now = sum(storage.nbytes() for storage in storages.values())
         self._most_bytes = max(self._most_bytes, now)
-        return self._most_bytes
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
