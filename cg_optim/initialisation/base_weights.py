@@ -116,7 +116,7 @@ class MovedWeight:
     def move_back(self) -> None:
         """Give the weight its old value, bit for bit."""
         matrix = self.base.matrix()
-        restored = _plus(matrix, self.start, self.scaling).flatten()
+        restored = _plus(matrix, _product(self.start, self.scaling, matrix)).flatten()
         restored[self.places] = self.values
         matrix.copy_(restored.view_as(matrix))
 
@@ -131,14 +131,18 @@ def move(base: BaseWeight, start: Factors, scaling: float) -> MovedWeight:
     """
     matrix = base.matrix()
     before = matrix.clone()
-    matrix.copy_(_plus(before, start, -scaling))
-    wrong = (_plus(matrix, start, scaling) != before).flatten()
+    product = _product(start, scaling, matrix)
+    matrix.copy_(_plus(before, -product))
+    wrong = (_plus(matrix, product) != before).flatten()
     places = wrong.nonzero().squeeze(-1)
     kept = Factors(start.down.clone(), start.up.clone())
     return MovedWeight(base, kept, scaling, places, before.flatten()[places].clone())
 
 
-def _plus(matrix: Tensor, start: Factors, scaling: float) -> Tensor:
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    product = scaling * (start.up.to(wide) @ start.down.to(wide))
-    return (matrix.to(wide) + product).to(matrix.dtype)
+def _product(start: Factors, scaling: float, like: Tensor) -> Tensor:
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return scaling * (start.up.to(wide) @ start.down.to(wide))
+
+
+def _plus(matrix: Tensor, product: Tensor) -> Tensor:
+    return (matrix.to(product.dtype) + product).to(matrix.dtype)
