@@ -96,7 +96,12 @@ def measure_all(
         except EOFError:
             found[start or "plain"] = {"error": f"not done after {limit} s"}
         process.join()
-    return {"shape": asdict(shape), "starts": found, "environment": environment("cpu", threads)}
+    return {
+        "shape": asdict(shape),
+        "batches": {"peft": CALIBRATION_BATCHES, "curvature": CURVATURE_BATCHES},
+        "starts": found,
+        "environment": environment("cpu", threads),
+    }
 
 
 def _measure(pipe: Any, start: str | None, shape: Shape, threads: int, limit: int) -> None:
@@ -184,11 +189,13 @@ def table(record: dict[str, Any]) -> str:
             )
         )
     shape = record["shape"]
+    # Records without the entry are from a time when all looked at as many batches.
+    batches = record.get("batches", {"peft": 4, "curvature": 4})
     header = ("initialisation", "CPU seconds", "memory", "of LoRA-GA's time", "of its memory")
     note = (
         f"Llama of {shape['layers']} layers, d = {shape['hidden']}, float32, rank {shape['rank']}, "
-        f"{CALIBRATION_BATCHES} batches of {shape['batch']} x {shape['length']} tokens for PEFT's "
-        f"but PiSSA (none), {CURVATURE_BATCHES} for curvature_init_, and for the optimizer's own "
+        f"{batches['peft']} batches of {shape['batch']} x {shape['length']} tokens for PEFT's but "
+        f"PiSSA (none), {batches['curvature']} for curvature_init_, and for the optimizer's own "
         "its first training batch (the difference between two training steps); memory is how far "
         "the process's peak rises above that of a training step."
     )

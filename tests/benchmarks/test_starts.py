@@ -75,11 +75,14 @@ def test_the_table_of_costs_refers_to_plain_adapters_and_to_lora_ga():
         "corda": {"error": "ModuleNotFoundError: attrs"},
         cost.FIRST_STEP: {"seconds": 2.0, "bytes": 512.0},
     }
-    record = json.loads(json.dumps({"shape": vars(TINY), "starts": starts}))
+    batches = {"peft": 4, "curvature": 3}
+    record = json.loads(json.dumps({"shape": vars(TINY), "batches": batches, "starts": starts}))
     rows = {line.split(" | ")[0].strip("| "): line for line in cost.table(record).splitlines()}
     assert "| 2.00 | 256 B | 25% | 25% |" in rows["curvature-keep"]
     assert "| 2.00 | 512 B | 25% | 50% |" in rows['CGLoRAOptimizer(init="curvature")']
     assert "ModuleNotFoundError" in rows["corda"]
+    assert "4 batches of 2 x 16 tokens for PEFT's" in cost.table(record)
+    assert "3 for curvature_init_" in cost.table(record)
 
 
 def test_a_wrong_method_is_a_wrong_request(capsys):
