@@ -25,6 +25,9 @@ Report = Callable[[str, int, int], None]
 TRAINED = ("linear", "lm", "nlu")
 """Works that are made of training runs, in the order of their cost."""
 
+THOROUGH = ("medium", "full")
+"""Presets with every task, the fine grid and, on language models, all measures."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -26,11 +26,9 @@ from ..datasets import read_bytes_text, read_jsonl_text
 from ..errors import DataFileError
 from ..language_model import LanguageModelRecipe
 from ..problem import ConfiguredProblem, LoraSettings
-from . import Report, Task, files_identity, find
+from . import THOROUGH, Report, Task, files_identity, find
 
 PRESETS = ("tiny", "quick", "medium", "full", "gpu")
-THOROUGH = ("medium", "full")
-"""Presets with every task, the fine grid, second knobs and all measures."""
 
 SOURCES = ("wikitext2", "tinyshakespeare", "multi30k_en", "source")
 TARGETS = {

@@ -27,11 +27,9 @@ from ..cells import data_identity
 from ..datasets import LabelledTexts, few_shot, read_labelled_tsv
 from ..errors import DataFileError
 from ..problem import ConfiguredProblem, LoraSettings, Problem
-from . import Report, Task, files_identity, find
+from . import THOROUGH, Report, Task, files_identity, find
 
 PRESETS = ("tiny", "quick", "medium", "full")
-THOROUGH = ("medium", "full")
-"""Presets with every task and the fine grid."""
 
 SEARCH = "search"
 DOCSTRINGS = "docstrings"
