@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 #: State that is counted; everything else is floating point.
 COUNTS = ("input_updates",)
-NOT_NEGATIVE = ("step", "exp_avg_sq", "input_trace", "input_updates", "input_eigenvalues")
+NOT_NEGATIVE = ("step", "exp_avg_sq", "input_trace", "input_updates")
 
 
 def check(
@@ -86,7 +86,8 @@ def _check_one(index: int, values: Any, expected: Shapes, dtype: torch.dtype) ->
     if set(values) != set(expected):
         raise StateError(
             f"state of parameter {index} has {sorted(map(str, values))}, expected "
-            f"{sorted(expected)}; was it saved with another `curvature`, or another optimizer?"
+            f"{sorted(expected)}; was it saved with another `curvature`, by another version, or by "
+            "another optimizer?"
         )
     for name, shape in expected.items():
         value = values[name]

@@ -17,10 +17,10 @@ from torch import Tensor
 from cg_optim.damped import DampedInput
 from cg_optim.input_curvature import (
     InputCurvature,
+    damp_together,
     directions,
     new_input_curvature,
     state_shapes,
-    update_together,
 )
 from cg_optim.pairs import LoRAPair
 
@@ -62,6 +62,10 @@ class CurvatureStore:
         """The damped curvature of a pair, None if it has none."""
         curvature = self._curvature_of.get(pair_index)
         return None if curvature is None else curvature.damped(damping)
+
+    def damp_together(self, dampings: Sequence[float]) -> None:
+        """Prepare :meth:`damped` of all pairs with a few calls; one damping for each pair."""
+        damp_together((each, dampings[index]) for index, each in self._curvature_of.items())
 
     def distinct(self) -> list[InputCurvature]:
         """Every curvature once, in the order of the pairs."""
@@ -107,8 +111,7 @@ class CurvatureStore:
         for index, curvature in sorted(self._curvature_of.items()):
             if curvature.touched:
                 first.setdefault(id(curvature), index)
-        usable = update_together([self._curvature_of[index] for index in first.values()], DECAY)
-        return {index: ~flag for index, flag in zip(first.values(), usable, strict=True)}
+        return {index: ~self._curvature_of[index].update(DECAY) for index in first.values()}
 
     def discard(self) -> None:
         """Drop what was collected since the last update."""

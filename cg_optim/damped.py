@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cg_optim.inverse_root import inverse_square_root
 from cg_optim.linalg import add_to_diagonal, damped_cholesky
-from cg_optim.whitening import CholeskyWhitening, SpectralWhitening
+from cg_optim.whitening import CholeskyWhitening, LowRankWhitening
 
 
 class DampedGram(NamedTuple):
@@ -43,45 +44,62 @@ class DampedGram(NamedTuple):
         return down @ self.matrix @ down.mT
 
 
-class DampedSpectrum(NamedTuple):
-    """``U diag(eigenvalues) U^T + tail (I - U U^T)``.
+class DampedLowRank(NamedTuple):
+    """``Q core Q^T + tail (I - Q Q^T)``.
 
     Attributes:
-        basis: ``U`` with orthonormal columns, ``(..., n, k)``.
-        eigenvalues: ``(..., k)``, positive.
+        basis: ``Q`` with orthonormal columns, ``(..., n, k)``.
+        core: Symmetric positive definite, ``(..., k, k)``.
+        root: The inverse square root of ``core``, ``(..., k, k)``.
         tail: ``(...)``, positive; the eigenvalue outside the basis.
     """
 
     basis: Tensor
-    eigenvalues: Tensor
+    core: Tensor
+    root: Tensor
     tail: Tensor
 
     @classmethod
-    def from_spectrum(
-        cls, basis: Tensor, eigenvalues: Tensor, tail: Tensor, mean: Tensor, damping: float
-    ) -> DampedSpectrum:
-        """Damp a spectrum relative to ``mean = tr(X) / n`` of shape ``(...)``."""
-        unit, seen = _unit(mean)
-        relative = torch.where(seen[..., None], eigenvalues / unit[..., None], 1.0)
-        relative_tail = torch.where(seen, tail / unit, 1.0)
-        return cls(
-            basis,
-            (relative + damping) / (1.0 + damping),
-            (relative_tail + damping) / (1.0 + damping),
-        )
+    def from_factors(
+        cls,
+        bases: Sequence[Tensor],
+        factors: Tensor,
+        tails: Tensor,
+        means: Tensor,
+        damping: float,
+    ) -> list[DampedLowRank]:
+        """Damp ``Q F F^T Q^T + tail (I - Q Q^T)`` of several inputs relative to their means.
 
-    def whitening(self) -> SpectralWhitening:
+        Args:
+            bases: ``Q`` of each, ``(n, k)``.
+            factors: ``F``, ``(inputs, k, k)``.
+            tails: ``(inputs,)``.
+            means: ``tr(X) / n``, ``(inputs,)``.
+            damping: Relative damping.
+        """
+        unit, seen = _unit(means)
+        # In float64 no rounding comes near any damping that makes a difference.
+        wide = factors.double()
+        eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+        relative = torch.where(seen[:, None, None], wide @ wide.mT / unit[:, None, None], eye)
+        core = add_to_diagonal(relative, damping) / (1.0 + damping)
+        root = inverse_square_root(core).to(factors.dtype)
+        tail = (torch.where(seen, tails / unit, 1.0) + damping) / (1.0 + damping)
+        stacked = core.to(factors.dtype), root, tail
+        return [cls(*parts) for parts in zip(bases, *stacked, strict=True)]
+
+    def whitening(self) -> LowRankWhitening:
         """The symmetric inverse square root."""
-        return SpectralWhitening(self.basis, self.eigenvalues.rsqrt(), self.tail.rsqrt())
+        return LowRankWhitening(self.basis, self.root, self.tail.rsqrt())
 
     def hidden_gram(self, down: Tensor) -> Tensor:
         """``P = A X A^T`` ``(..., r, r)`` with the damped ``X``, for ``A`` ``(..., r, n)``."""
         inside = down @ self.basis
-        excess = (self.eigenvalues - self.tail[..., None]).unsqueeze(-2)
-        return self.tail[..., None, None] * (down @ down.mT) + (inside * excess) @ inside.mT
+        excess = add_to_diagonal(self.core, -self.tail)
+        return self.tail[..., None, None] * (down @ down.mT) + inside @ excess @ inside.mT
 
 
-DampedInput = DampedGram | DampedSpectrum
+DampedInput = DampedGram | DampedLowRank
 
 
 def stack_damped(models: Sequence[DampedInput]) -> DampedInput:

@@ -153,7 +153,7 @@ def _spectrum(curvature: InputCurvature) -> Tensor:
         eigenvalues: Tensor = torch.linalg.eigvalsh(0.5 * (gram + gram.mT))
         return eigenvalues.clamp_min(0)
     assert isinstance(curvature, LowRankCurvature)
-    kept = curvature.eigenvalues.double()
+    kept = torch.linalg.svdvals(curvature.factor.double()).square()
     others = curvature.features - curvature.rank
     tail = (curvature.trace.double() - kept.sum()).clamp_min(0) / others
     return torch.cat([kept, tail.expand(others)])
@@ -163,7 +163,8 @@ def _condition(damped: DampedInput) -> float:
     if isinstance(damped, DampedGram):
         eigenvalues = torch.linalg.eigvalsh(damped.matrix.double())
     else:
-        eigenvalues = torch.cat([damped.eigenvalues, damped.tail.reshape(1)]).double()
+        inside = torch.linalg.eigvalsh(damped.core.double())
+        eigenvalues = torch.cat([inside, damped.tail.reshape(1).double()])
     return float(eigenvalues.max() / eigenvalues.min())
 
 

@@ -3,10 +3,11 @@
 Two representations share one interface:
 
 * :class:`DenseCurvature` keeps the whole ``(n, n)`` matrix: exact, for small ``n``.
-* :class:`LowRankCurvature` keeps ``U diag(eigenvalues) U^T + tail (I - U U^T)``: ``k``
-  directions and an isotropic tail, ``n k`` floats.  The directions follow the data by one
-  step of block power iteration per update with a Nystrom approximation (Tropp et al. 2017,
-  arXiv:1706.05736, Alg. 3).
+* :class:`LowRankCurvature` keeps ``Q F F^T Q^T + tail (I - Q Q^T)``: ``k`` directions and an
+  isotropic tail, ``n k + k^2`` floats.  The directions follow the data by one step of block
+  power iteration per update with a Nystrom approximation (Tropp et al. 2017,
+  arXiv:1706.05736, Alg. 3).  Nothing that uses them depends on which basis of their span is
+  kept, so no eigenvectors are computed.
 
 Statistics are sums over rows, so splitting a batch into micro-batches changes nothing.
 """
@@ -15,35 +16,19 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cg_optim.damped import DampedGram, DampedInput, DampedSpectrum
-from cg_optim.linalg import all_finite, damped_cholesky
+from cg_optim.damped import DampedGram, DampedInput, DampedLowRank
+from cg_optim.linalg import damped_cholesky
 
 #: Directions kept of larger inputs.
 DEFAULT_RANK = 32
 #: Relative damping of the k x k Nystrom core, far below any damping of the step.
 CORE_DAMPING = 1e-6
-
-
-class _Update(NamedTuple):
-    """An update under way.
-
-    Attributes:
-        usable: Boolean ``()``, whether the sums are finite.
-        some: Boolean ``()``, whether there are any rows besides.
-        new: New values of the state by name.
-        core: Matrix ``(k, k)`` whose eigenpairs are still wanted.
-    """
-
-    usable: Tensor
-    some: Tensor
-    new: dict[str, Tensor]
-    core: Tensor | None
 
 
 class InputCurvature:
@@ -85,32 +70,31 @@ class InputCurvature:
         self.touched = True
 
     def update(self, decay: float) -> Tensor:
-        """Fold this step's sums into the running mean; see :func:`update_together`."""
-        return update_together([self], decay)[0]
+        """Fold this step's sums into the running mean.
 
-    def _begin_update(self, decay: float) -> _Update | None:
+        The mean is bias-corrected: the ``t``-th update weighs the new rows
+        ``(1 - decay) / (1 - decay^t)``.  Nothing changes if there were no rows or if
+        something was not finite.
+
+        Returns:
+            Boolean ``()`` tensor, False if something was not finite.
+        """
         if not self.touched:
-            return None
+            return torch.ones_like(self.updates, dtype=torch.bool)
         usable = torch.isfinite(self._square_sum)
         some = usable & (self._rows > 0)
         # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
         rows = torch.where(some, self._rows, 1.0)
         weight = ((1.0 - decay) / (1.0 - decay ** (self.updates + 1).double())).to(self.dtype)
         mean = torch.where(some, self._square_sum, 0.0) / rows
-        new, core = self._updated(weight, torch.where(some, self._sum, 0.0) / rows)
+        new = self._updated(weight, torch.where(some, self._sum, 0.0) / rows)
         new["trace"] = torch.lerp(self.trace, mean, weight)
-        return _Update(usable, some, new, core)
-
-    def _finish_update(self, update: _Update | None) -> Tensor:
-        if update is None:
-            return torch.ones_like(self.updates, dtype=torch.bool)
-        usable = update.usable
-        for value in update.new.values():
+        for value in new.values():
             usable = usable & torch.isfinite(value.abs().amax())
-        update.new["updates"] = self.updates + 1
+        new["updates"] = self.updates + 1
         for name, mine in self.state().items():
             # In place: the saved state refers to these very tensors.
-            mine.copy_(torch.where(update.some & usable, update.new[name], mine))
+            mine.copy_(torch.where(some & usable, new[name], mine))
         self._damped.clear()
         self.discard()
         return usable
@@ -127,7 +111,7 @@ class InputCurvature:
     def damped(self, damping: float) -> DampedInput:
         """The estimate with relative damping; the identity before the first update."""
         if damping not in self._damped:
-            self._damped[damping] = self._compute_damped(self.trace / self.features, damping)
+            self._damped[damping] = self._compute_damped(damping)
         return self._damped[damping]
 
     def state(self) -> dict[str, Tensor]:
@@ -150,19 +134,11 @@ class InputCurvature:
     def _accumulate(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        """New values of ``state_names`` from this step's ``_sum`` divided by its rows.
-
-        Returns:
-            The values, and a symmetric ``(k, k)`` matrix if its eigenpairs are still wanted.
-        """
+    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """New values of ``state_names`` from this step's ``_sum`` divided by its rows."""
         raise NotImplementedError
 
-    def _rotate(self, new: dict[str, Tensor], eigenvalues: Tensor, vectors: Tensor) -> None:
-        """Finish the values of :meth:`_updated` with the eigenpairs it wanted."""
-        raise NotImplementedError
-
-    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
+    def _compute_damped(self, damping: float) -> DampedInput:
         raise NotImplementedError
 
 
@@ -179,15 +155,18 @@ class DenseCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x)
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        return {"gram": torch.lerp(self.gram, mean, weight)}, None
+    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        return {"gram": torch.lerp(self.gram, mean, weight)}
 
-    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
-        return DampedGram.from_gram(self.gram, mean, damping)
+    def _compute_damped(self, damping: float) -> DampedInput:
+        return DampedGram.from_gram(self.gram, self.trace / self.features, damping)
 
 
 class LowRankCurvature(InputCurvature):
-    """``k`` directions with their eigenvalues and an isotropic tail.
+    """``k`` directions, a factor of the curvature inside their span, and an isotropic tail.
+
+    The factor ``F`` is kept and not ``F F^T``: the product is then semi-definite whatever
+    was rounded, and so is what may come out of a damaged checkpoint.
 
     Args:
         features: Input size ``n``.
@@ -195,31 +174,26 @@ class LowRankCurvature(InputCurvature):
         rank: Number of directions ``k``, less than ``n``.
     """
 
-    state_names = ("basis", "eigenvalues")
+    state_names = ("basis", "factor")
 
     def __init__(self, features: int, like: Tensor, rank: int = DEFAULT_RANK) -> None:
         super().__init__(features, like)
         self.rank = rank
         self.basis = _random_basis(features, rank).to(self.device, self.dtype, copy=True)
-        self.eigenvalues = self._zeros(rank)
+        self.factor = self._zeros(rank, rank)
         self._sum = self._zeros(features, rank)
 
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x @ self.basis)
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        sketch = torch.lerp(self.basis * self.eigenvalues, mean, weight)
-        basis, core = nystrom(self.basis, sketch)
-        return {"basis": basis}, core
+    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        core = self.factor @ self.factor.mT
+        basis, factor = nystrom(self.basis, torch.lerp(self.basis @ core, mean, weight))
+        return {"basis": basis, "factor": factor}
 
-    def _rotate(self, new: dict[str, Tensor], eigenvalues: Tensor, vectors: Tensor) -> None:
-        new["basis"] = new["basis"] @ vectors
-        new["eigenvalues"] = eigenvalues.clamp_min(0)
-
-    def _compute_damped(self, mean: Tensor, damping: float) -> DampedInput:
-        rest = (self.trace - self.eigenvalues.sum()).clamp_min(0)
-        tail = rest / (self.features - self.rank)
-        return DampedSpectrum.from_spectrum(self.basis, self.eigenvalues, tail, mean, damping)
+    def _compute_damped(self, damping: float) -> DampedInput:
+        damp_together([(self, damping)])
+        return self._damped[damping]
 
 
 def nystrom(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,54 +204,44 @@ def nystrom(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
         sketch: ``Y = X U``, ``(n, k)``.
 
     Returns:
-        ``Q`` with orthonormal columns, ``(n, k)``, and the PSD ``C``, ``(k, k)``, of which the
-        approximation is ``Q C Q^T``.
+        ``Q`` with orthonormal columns, ``(n, k)``, and ``F``, ``(k, k)``, with which the
+        approximation is ``Q F F^T Q^T``.
     """
     core = basis.mT @ sketch
     factor = damped_cholesky(core, CORE_DAMPING).factor
     q, r = torch.linalg.qr(sketch)
-    # X ~ F F^T with F = Y L^-T = Q M.
-    m = torch.linalg.solve_triangular(factor, r.mT, upper=False).mT
-    return q, m @ m.mT
+    # X ~ (Y L^-T) (Y L^-T)^T with Y L^-T = Q (R L^-T).
+    return q, torch.linalg.solve_triangular(factor, r.mT, upper=False).mT
 
 
-def update_together(curvatures: Sequence[InputCurvature], decay: float) -> list[Tensor]:
-    """Fold the sums of this step into the running means of some inputs.
+def damp_together(wanted: Iterable[tuple[InputCurvature, float]]) -> None:
+    """Make :meth:`InputCurvature.damped` of some inputs cheap: what can be stacked is.
 
-    The mean is bias-corrected: the ``t``-th update weighs the new rows
-    ``(1 - decay) / (1 - decay^t)``.  Nothing changes where there were no rows or where
-    something was not finite.
+    Small matrices are a matter of calls, not of arithmetic, and each call works on the inputs
+    of all layers of one size.
 
-    ``eigh`` reads its error code on the host, so the small eigenproblems of all inputs are
-    solved in one call: an accelerator is waited for once, however many layers there are.
-
-    Returns:
-        For each input a boolean ``()`` tensor, False if something was not finite.
+    Args:
+        wanted: Inputs, each with a relative damping.
     """
-    begun = [(curvature, curvature._begin_update(decay)) for curvature in curvatures]
-    stacks: dict[Any, list[tuple[InputCurvature, dict[str, Tensor], Tensor]]] = {}
-    for curvature, update in begun:
-        if update is not None and update.core is not None:
-            core = update.core
-            key = core.device, core.dtype, core.shape
-            stacks.setdefault(key, []).append((curvature, update.new, core))
-    for stack in stacks.values():
-        eigenpairs = eigenpairs_together(torch.stack([core for _, _, core in stack]))
-        for (curvature, new, _), values, vectors in zip(stack, *eigenpairs, strict=True):
-            curvature._rotate(new, values, vectors)
-    return [curvature._finish_update(update) for curvature, update in begun]
-
-
-def eigenpairs_together(cores: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(..., k)`` and vectors of a symmetric ``(..., k, k)`` stack; NaN if in vain."""
-    # One that is not finite must not spoil the others, or make eigh raise for all of them.
-    finite = all_finite(cores)
-    eye = torch.eye(cores.shape[-1], dtype=cores.dtype, device=cores.device)
-    try:
-        values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], cores, eye))
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return torch.full_like(cores[..., 0], torch.nan), cores
-    return torch.where(finite[..., None], values, torch.nan), vectors
+    stacks: dict[Any, dict[int, LowRankCurvature]] = {}
+    for one, damping in wanted:
+        if isinstance(one, LowRankCurvature) and damping not in one._damped:
+            key = damping, one.features, one.rank, one.dtype, one.device
+            stacks.setdefault(key, {})[id(one)] = one
+    for (damping, features, rank, *_), stack in stacks.items():
+        alike = list(stack.values())
+        traces = torch.stack([one.trace for one in alike])
+        factors = torch.stack([one.factor for one in alike])
+        rest = (traces - factors.square().sum((-2, -1))).clamp_min(0)
+        damped = DampedLowRank.from_factors(
+            [one.basis for one in alike],
+            factors,
+            rest / (features - rank),
+            traces / features,
+            damping,
+        )
+        for one, its in zip(alike, damped, strict=True):
+            one._damped[damping] = its
 
 
 def directions(features: int, representation: str | int) -> int | None:
@@ -308,7 +272,7 @@ def state_shapes(features: int, representation: str | int) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {"trace": (), "updates": ()}
     if rank is None:
         return {"gram": (features, features), **shapes}
-    return {"basis": (features, rank), "eigenvalues": (rank,), **shapes}
+    return {"basis": (features, rank), "factor": (rank, rank), **shapes}
 
 
 @functools.cache

@@ -92,7 +92,7 @@ _recorded: ContextVar[list[Tensor] | None] = ContextVar("recorded rungs", defaul
 
 @contextmanager
 def recorded_rungs() -> Iterator[list[Tensor]]:
-    """Collect the rungs of every :func:`damped_cholesky` inside the block.
+    """Collect the rungs of every factorisation inside the block.
 
     So that whoever counts failures need not be known to whoever asks for a factor.
     """
@@ -102,6 +102,12 @@ def recorded_rungs() -> Iterator[list[Tensor]]:
         yield rungs
     finally:
         _recorded.reset(token)
+
+
+def record_rungs(rungs: Tensor) -> None:
+    """Add to what :func:`recorded_rungs` collects, if anybody does."""
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(rungs)
 
 
 def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0) -> CholeskyResult:
@@ -150,8 +156,7 @@ def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0)
         attempt, needed = _climb(normalised[failed].double(), damping, matrix.dtype)
         factor[failed], rung[failed] = attempt.to(factor.dtype), needed
     factor = factor * (mean.sqrt() * largest.sqrt())[..., None, None]
-    if (rungs := _recorded.get()) is not None:
-        rungs.append(rung)
+    record_rungs(rung)
     return CholeskyResult(torch.where((rung == Rung.FAILED)[..., None, None], eye, factor), rung)
 
 

@@ -241,13 +241,15 @@ class CGLoRAOptimizer(ResumableOptimizer):
 
     def _step_pairs(self) -> None:
         group_of = self._group_of()
-        changes = self._initialise(group_of) if self._init_pending() else {}
+        dampings = [group_of[id(pair.A)]["damping"] for pair in self._pairs]
         moving = [
             (index, pair)
             for index, pair in enumerate(self._pairs)
             if pair.A.grad is not None or pair.B.grad is not None
         ]
         with recorded_rungs() as rungs:
+            self._store.damp_together(dampings)
+            changes = self._initialise(dampings) if self._init_pending() else {}
             work = [
                 with_changed_gradient(
                     self._pair_work(index, pair, group_of, self._states_of(index, pair)),

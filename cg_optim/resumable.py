@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -77,9 +78,8 @@ class ResumableOptimizer(Optimizer):
         """Whether ``init="curvature"`` was asked for and no step has carried it out yet."""
         return bool(self.param_groups and self.param_groups[0].get("init_pending"))
 
-    def _initialise(self, group_of: dict[int, Group]) -> dict[int, Tensor]:
+    def _initialise(self, dampings: Sequence[float]) -> dict[int, Tensor]:
         """Point each fresh ``A`` along its first gradient; the changes of ``B``'s, by pair."""
-        dampings = [group_of[id(pair.A)]["damping"] for pair in self._pairs]
         changes = self._first.start(lambda index: self._store.damped(index, dampings[index]))
         if changes:
             for group in self.param_groups:

@@ -26,28 +26,32 @@ class Whitening(Protocol):
         ...
 
 
-class SpectralWhitening(NamedTuple):
-    """``K = gain_outside (I - U U^T) + U diag(gains) U^T``, symmetric.
+class LowRankWhitening(NamedTuple):
+    """``K = Q root Q^T + outside (I - Q Q^T)``.
 
     Attributes:
-        basis: ``U``, orthonormal columns, ``(..., d, k)``.
-        gains: ``(..., k)``.
-        gain_outside: ``(...)``, acts on everything orthogonal to the basis.
+        basis: ``Q``, orthonormal columns, ``(..., d, k)``.
+        root: ``(..., k, k)``, symmetric up to rounding.
+        outside: ``(...)``, acts on everything orthogonal to the basis.
     """
 
     basis: Tensor
-    gains: Tensor
-    gain_outside: Tensor
+    root: Tensor
+    outside: Tensor
 
     def apply(self, matrix: Tensor) -> Tensor:
         """``M K``; see :class:`Whitening`."""
-        outside = self.gain_outside[..., None, None]
-        inside = (matrix @ self.basis) * (self.gains - self.gain_outside[..., None]).unsqueeze(-2)
-        return outside * matrix + inside @ self.basis.mT
+        return self._times(matrix, self.root)
 
     def apply_transposed(self, matrix: Tensor) -> Tensor:
-        """``M K^T = M K``."""
-        return self.apply(matrix)
+        """``M K^T``."""
+        # Not taken for symmetric: the root of a nearly singular matrix is so only roughly.
+        return self._times(matrix, self.root.mT)
+
+    def _times(self, matrix: Tensor, root: Tensor) -> Tensor:
+        outside = self.outside[..., None, None]
+        inside = matrix @ self.basis
+        return outside * matrix + (inside @ root - outside * inside) @ self.basis.mT
 
 
 class CholeskyWhitening(NamedTuple):

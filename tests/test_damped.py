@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cg_optim.damped import DampedGram, DampedInput, DampedSpectrum, stack_damped
+from cg_optim.damped import DampedGram, DampedInput, DampedLowRank, stack_damped
 from tests.strategies import (
     dampings,
     gaussian,
@@ -28,11 +28,11 @@ def both(seed: int, damping: float, scale: float = 1.0) -> list[tuple[DampedInpu
     source = generator(seed)
     gram = scale * semidefinite(source, N)
     basis = torch.linalg.qr(gaussian(source, N, K)).Q
-    eigenvalues = scale * torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
+    factor = scale**0.5 * gaussian(source, K, K)
     tail = torch.tensor(0.2 * scale, dtype=torch.float64)
     low = (
         tail * (torch.eye(N, dtype=torch.float64) - basis @ basis.mT)
-        + (basis * eigenvalues) @ basis.mT
+        + basis @ factor @ factor.mT @ basis.mT
     )
     cases: list[tuple[DampedInput, Tensor]] = []
     for dense in (gram, low):
@@ -41,8 +41,8 @@ def both(seed: int, damping: float, scale: float = 1.0) -> list[tuple[DampedInpu
         if dense is gram:
             cases.append((DampedGram.from_gram(gram, mean, damping), expected))
         else:
-            form = DampedSpectrum.from_spectrum(basis, eigenvalues, tail, mean, damping)
-            cases.append((form, expected))
+            several = (torch.stack([each]) for each in (factor, tail, mean))
+            cases.append((*DampedLowRank.from_factors([basis], *several, damping), expected))
     return cases
 
 

@@ -4,18 +4,12 @@ The rule is tested three times.  On the CPU with ``host.at_hand`` denying that v
 be read, so that exactly the code of accelerators runs while two modes of torch watch for
 reads; on a GPU, if there is one, with torch's own alarm; and the results of both ways are
 compared.
-
-One exception: the k leading directions of large inputs are found by ``torch.linalg.eigh``,
-which reads its own error code on the host and has no variant without.  It is called once, for
-the inputs of all layers, in the steps that collect curvature, one in six.  (A Jacobi iteration
-in plain operators would need no reading, but some thousand kernel launches, which take longer
-than one wait.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cg_optim import CGLoRAOptimizer, host
-from cg_optim.curvature_store import WARM_UP_STEPS, collects_at
+from cg_optim.curvature_store import WARM_UP_STEPS
 from tests.models import assert_close, batch, curvature_state, loss_of, parameters_of, tagger
 
 aten = torch.ops.aten
@@ -65,21 +59,14 @@ class Waited(Exception):
 
 
 class NoOperatorWaits(TorchDispatchMode):
-    def __init__(self, allowed: Iterable[Any] = ()) -> None:
-        super().__init__()
-        self.waiting = WAITING.difference(allowed)
-        #: How often an allowed operator was waited for.
-        self.waited = 0
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         masks = func.overloadpacket in (aten.index, aten.index_put_, aten.index_put) and any(
             isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]
         )
-        if func.overloadpacket in self.waiting or masks:
+        if func.overloadpacket in WAITING or masks:
             raise Waited(str(func))
-        self.waited += func.overloadpacket in WAITING
         return func(*args, **(kwargs or {}))
 
 
@@ -93,9 +80,9 @@ class NothingIsRead(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def nobody_waits(allowed: Iterable[Any] = ()) -> Iterator[NoOperatorWaits]:
-    with NoOperatorWaits(allowed) as watched, NothingIsRead():
-        yield watched
+def nobody_waits() -> Iterator[None]:
+    with NoOperatorWaits(), NothingIsRead():
+        yield
 
 
 @pytest.fixture
@@ -140,11 +127,12 @@ def run(
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("curvature", ["auto", 3])
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_a_step_reads_nothing(dtype: torch.dtype, lr: Any) -> None:
+def test_a_step_reads_nothing(dtype: torch.dtype, lr: Any, curvature: Any) -> None:
     model = tagger().to(dtype)
-    optimizer = CGLoRAOptimizer(model, lr=lr)
+    optimizer = CGLoRAOptimizer(model, lr=lr, curvature=curvature)
     run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
     run(optimizer, model, STEPS, lambda _: nobody_waits())
 
@@ -190,11 +178,9 @@ def test_gradients_in_a_bucket_share_a_version_and_nobody_looks_at_them(
             in_one_bucket(model)
         optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature, init=init)
         for step in range(4):
-            # The first step initialises; eigenvalues are waited for (see above).
-            allowed = {aten._linalg_eigh} if curvature == 3 else ()
-
-            def watch(wanted: bool, allowed: Any = allowed) -> Any:
-                return nobody_waits(allowed) if wanted else contextlib.nullcontext()
+            # The first step initialises.
+            def watch(wanted: bool) -> Any:
+                return nobody_waits() if wanted else contextlib.nullcontext()
 
             with watch(bucket):
                 if missed is not None and bucket:
@@ -211,24 +197,6 @@ def test_gradients_in_a_bucket_share_a_version_and_nobody_looks_at_them(
     expected = trained(bucket=False)
     monkeypatch.setattr(host, "at_hand", lambda tensor: False)
     assert_close(trained(bucket=True), expected)
-
-
-@pytest.mark.usefixtures("as_on_an_accelerator")
-def test_with_leading_directions_one_call_for_all_their_eigenvalues_is_waited_for() -> None:
-    model = tagger()  # six distinct inputs of two widths
-    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
-    run(optimizer, model, range(1), lambda _: contextlib.nullcontext())
-    waited = {}
-
-    @contextlib.contextmanager
-    def watch(step: int) -> Iterator[None]:
-        with nobody_waits({aten._linalg_eigh}) as watched:
-            yield
-        waited[step] = watched.waited
-
-    run(optimizer, model, STEPS, watch)
-    assert waited == {step: int(collects_at(step)) for step in STEPS}
-    assert set(waited.values()) == {0, 1}
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
@@ -278,9 +246,8 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(curvature: Any) -> None:
     optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
     for step in range(2 * WARM_UP_STEPS):
         data = tuple(tensor.cuda() for tensor in batch(step, padded=True))
-        # The first step makes state; eigenvalues are waited for (see above).
-        quiet = step > 0 and (curvature == "auto" or not collects_at(step))
-        watch = alarm() if quiet else contextlib.nullcontext()
+        # The first step makes state.
+        watch = alarm() if step > 0 else contextlib.nullcontext()
         with watch:
             loss_of(model, data).backward()  # type: ignore[arg-type]
             optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cg_optim.damped import DampedGram, DampedSpectrum
+from cg_optim.damped import DampedGram, DampedLowRank
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.rule import AdamSettings, Moments, hidden_whitening, whitened_adam
 
@@ -77,8 +77,9 @@ def test_pairs_of_other_shapes_settings_or_damping_are_stacked_apart() -> None:
     strong = PairWork(other.a, other.b, other.damped, 2 * DAMPING)
     blind = PairWork(pair(2).a, pair(2).b, None, DAMPING)
     basis = torch.linalg.qr(torch.randn(5, 2)).Q
-    spectrum = DampedSpectrum(basis, torch.tensor([3.0, 2.0]), torch.tensor(0.5))
-    low_rank = PairWork(pair(3).a, pair(3).b, spectrum, DAMPING)
+    core = torch.tensor([3.0, 2.0])
+    directions = DampedLowRank(basis, core.diag(), core.rsqrt().diag(), torch.tensor(0.5))
+    low_rank = PairWork(pair(3).a, pair(3).b, directions, DAMPING)
     keys = {item.stacking_key() for item in (base, strong, blind, low_rank)}
     assert len(keys) == 4
     assert base.stacking_key() == other.stacking_key()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from cg_optim.linalg import damped_cholesky
-from cg_optim.whitening import CholeskyWhitening, SpectralWhitening, Whitening
+from cg_optim.whitening import CholeskyWhitening, LowRankWhitening, Whitening
 from tests.strategies import (
     conditions,
     gaussian,
@@ -21,11 +21,11 @@ from tests.strategies import (
 quick = settings(max_examples=30, deadline=None)
 
 
-def spectral(seed: int, size: int, count: int) -> SpectralWhitening:
+def low_rank(seed: int, size: int, count: int) -> LowRankWhitening:
     source = generator(seed)
-    return SpectralWhitening(
+    return LowRankWhitening(
         torch.linalg.qr(gaussian(source, 2, size, count)).Q,
-        gaussian(source, 2, count).abs() + 0.1,
+        gaussian(source, 2, count, count),
         gaussian(source, 2).abs() + 0.1,
     )
 
@@ -40,7 +40,7 @@ def cholesky(seed: int, size: int) -> CholeskyWhitening:
 def test_the_two_methods_are_transposes(seed: int, size: int) -> None:
     eye = torch.eye(size, dtype=torch.float64).expand(2, size, size)
     rows = gaussian(generator(seed + 1), 2, 3, size)
-    cases: list[Whitening] = [cholesky(seed, size), spectral(seed, size, max(1, size // 2))]
+    cases: list[Whitening] = [cholesky(seed, size), low_rank(seed, size, max(1, size // 2))]
     for whitening in cases:
         k = whitening.apply(eye)
         assert relative_error(whitening.apply(rows), rows @ k) < 1e-12
@@ -59,13 +59,14 @@ def test_cholesky_whitening_makes_the_matrix_white(seed: int, size: int, conditi
     assert relative_error(white, eye) < 1e-12 * condition + 1e-12
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_spectral_whitening_has_the_gains_it_was_given(size: int) -> None:
-    whitening = spectral(0, size, 1)
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (5, 1), (5, 3)])
+def test_low_rank_whitening_is_its_root_inside_and_one_number_outside(
+    size: int, count: int
+) -> None:
+    whitening = low_rank(0, size, count)
     inside = whitening.basis.mT
-    expected = inside * whitening.gains[..., None]
-    assert relative_error(whitening.apply(inside), expected) < 1e-12
+    assert relative_error(whitening.apply(inside), whitening.root @ inside) < 1e-12
     outside = gaussian(generator(1), 2, 3, size)
     outside = outside - outside @ whitening.basis @ whitening.basis.mT
-    error = whitening.apply(outside) - whitening.gain_outside[:, None, None] * outside
+    error = whitening.apply(outside) - whitening.outside[:, None, None] * outside
     assert float(error.abs().max()) < 1e-12

@@ -96,10 +96,10 @@ class Soak:
     def curvature_error(self) -> float:
         """Only the first layer's inputs have a distribution that stays."""
         state, true = self.state(), self.spread.square()
-        basis, eigenvalues = state["input_basis"], state["input_eigenvalues"]
-        tail = (state["input_trace"] - eigenvalues.sum()) / (WIDTHS[0] - DIRECTIONS)
-        inside = (basis * (eigenvalues - tail)) @ basis.mT
-        estimate = inside + tail * torch.eye(WIDTHS[0])
+        basis, factor = state["input_basis"], state["input_factor"]
+        tail = (state["input_trace"] - factor.square().sum()) / (WIDTHS[0] - DIRECTIONS)
+        root = basis @ factor
+        estimate = root @ root.mT + tail * (torch.eye(WIDTHS[0]) - basis @ basis.mT)
         return float((estimate - true.diag()).norm() / true.norm())
 
 
