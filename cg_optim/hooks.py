@@ -293,12 +293,10 @@ class CurvatureObserver:
             return
         device = grad_out.device.type
         with self._lock, torch.no_grad(), torch.autocast(device, enabled=False):
-            if self._was_zeroed(pair_index):
-                self._forget(pair_index)
+            if self._drop_if_zeroed(pair_index):
                 # Whoever zeroed this gradient hardly left the others.
                 for other in list(self._accumulated):
-                    if other in self._accumulated and self._was_zeroed(other):
-                        self._forget(other)
+                    self._drop_if_zeroed(other)
             if not capture.started:
                 capture.started_at = self._clock
             complete = capture.gradient_arrived(grad_out)
@@ -312,22 +310,29 @@ class CurvatureObserver:
             elif capture.started:
                 self._pending[id(capture)] = capture
 
-    def _was_zeroed(self, pair_index: int) -> bool:
-        """Whether the gradient was zeroed since this pair's latest backward."""
+    def _drop_if_zeroed(self, pair_index: int) -> bool:
+        """Drop what came with the gradient of a pair if that was zeroed since.
+
+        Returns:
+            Whether the gradients of other pairs should be looked at as well.
+        """
         if pair_index not in self._accumulated:
             return False
-        version, _ = self._accumulated[pair_index]
+        version, accumulated_at = self._accumulated[pair_index]
         grad = self._factors[pair_index].grad
-        if grad is None or grad._version == version:
-            return grad is None
-        if grad._is_view() and not host.at_hand(grad):
-            # DistributedDataParallel(gradient_as_bucket_view=True): all gradients of a bucket
-            # share one version, so every micro-batch comes here and must not wait.
-            self._forget(pair_index, unless=grad.any())
+        # zero_grad(set_to_none=False) and unscaling write in place.
+        if grad is None or (grad._version != version and host.at_hand(grad)):
+            zeroed = grad is None or not bool(grad.any())
+            if zeroed:
+                self._forget(pair_index)
+            return zeroed
+        if grad._version == version:
             return False
-        # zero_grad(set_to_none=False) and unscaling write in place.  Looking at the values
-        # waits for a GPU, but only between a step that was left out and the next one.
-        return not bool(grad.any())
+        self._forget(pair_index, unless=grad.any())
+        self._accumulated[pair_index] = grad._version, accumulated_at
+        # DistributedDataParallel(gradient_as_bucket_view=True): all gradients of a bucket
+        # share one version, so every micro-batch comes here, for each pair.
+        return not grad._is_view()
 
     def _forget(self, pair_index: int, unless: Tensor | None = None) -> None:
         """Drop what was captured and consumed for a pair since the last flush.

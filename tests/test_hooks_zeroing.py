@@ -1,4 +1,7 @@
-"""Statistics live and die with the gradient they came with: micro-batches, zeroing, clipping."""
+"""Statistics live and die with the gradient they came with: micro-batches, zeroing, clipping.
+
+Everything is tested twice: where a gradient can be looked at, and where that would mean waiting.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cg_optim import CGLoRAOptimizer
+from cg_optim import CGLoRAOptimizer, host
 from tests.models import (
     assert_close,
     assert_equal,
@@ -19,6 +22,12 @@ from tests.models import (
     train,
 )
 from tests.test_hooks import N, gram, layer, mean_gram, wrapped
+
+
+@pytest.fixture(autouse=True, params=["at hand", "elsewhere"])
+def _where_values_are(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "elsewhere":
+        monkeypatch.setattr(host, "at_hand", lambda tensor: False)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -107,6 +116,21 @@ def test_micro_batches_equal_the_whole_batch(split: list[int], curvature: str | 
         train(reference, other, [step], rows=8, padded=True)
     assert_close(parameters_of(model), parameters_of(reference), rtol=1e-3, atol=1e-5)
     assert_close(curvature_state(model, optimizer), curvature_state(reference, other), rtol=1e-3)
+
+
+def test_zeroing_in_place_between_micro_batches_that_were_clipped() -> None:
+    """Looked at while it held something, then zeroed, and unused in the next step."""
+    one, two = layer(), layer(1)
+    optimizer = CGLoRAOptimizer(wrapped(one, two))
+    two(torch.randn(3, N)).square().sum().backward()
+    nn.utils.clip_grad_norm_(two.parameters(), 1e-3)
+    one(torch.randn(3, N)).square().sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    x = torch.randn(4, N)
+    one(x).square().sum().backward()
+    optimizer.step()
+    assert int(optimizer.state[two.lora_A.weight]["input_updates"]) == 0
+    assert_close(gram(optimizer, one), mean_gram(x))
 
 
 def test_clipping_between_micro_batches_keeps_their_statistics() -> None:
