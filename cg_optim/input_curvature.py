@@ -179,7 +179,9 @@ class LowRankCurvature(InputCurvature):
     def __init__(self, features: int, like: Tensor, rank: int = DEFAULT_RANK) -> None:
         super().__init__(features, like)
         self.rank = rank
-        self.basis = _random_basis(features, rank).to(self.device, self.dtype, copy=True)
+        # Without waiting for the copy; a change of precision on the way would wait.
+        start = _random_basis(features, rank).to(self.dtype)
+        self.basis = start.to(self.device, non_blocking=True, copy=True)
         self.factor = self._zeros(rank, rank)
         self._sum = self._zeros(features, rank)
 

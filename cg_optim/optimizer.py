@@ -249,11 +249,11 @@ class CGLoRAOptimizer(ResumableOptimizer):
         ]
         with recorded_rungs() as rungs:
             self._store.damp_together(dampings)
-            changes = self._initialise(dampings) if self._init_pending() else {}
+            starts = self._initialise(dampings) if self._init_pending() else {}
             work = [
                 with_changed_gradient(
                     self._pair_work(index, pair, group_of, self._states_of(index, pair)),
-                    changes.get(index),
+                    starts.get(index),
                 )
                 for index, pair in moving
             ]

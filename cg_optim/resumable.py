@@ -17,7 +17,7 @@ from cg_optim import checkpoint, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore, collects_at
 from cg_optim.factor_state import as_factor_state
 from cg_optim.hooks import CurvatureObserver
-from cg_optim.initialisation.first_step import FirstStep
+from cg_optim.initialisation.first_step import FirstStep, Start
 from cg_optim.pairs import LoRAPair, factor_ids
 
 Group = dict[str, Any]
@@ -78,13 +78,13 @@ class ResumableOptimizer(Optimizer):
         """Whether ``init="curvature"`` was asked for and no step has carried it out yet."""
         return bool(self.param_groups and self.param_groups[0].get("init_pending"))
 
-    def _initialise(self, dampings: Sequence[float]) -> dict[int, Tensor]:
-        """Point each fresh ``A`` along its first gradient; the changes of ``B``'s, by pair."""
-        changes = self._first.start(lambda index: self._store.damped(index, dampings[index]))
-        if changes:
+    def _initialise(self, dampings: Sequence[float]) -> dict[int, Start]:
+        """Point each fresh ``A`` along its first gradient; what became of it, by pair."""
+        starts = self._first.start(lambda index: self._store.damped(index, dampings[index]))
+        if starts:
             for group in self.param_groups:
                 group["init_pending"] = False
-        return changes
+        return starts
 
     def remove_hooks(self) -> None:
         """Take every hook off the model; training can go on with the last curvature."""

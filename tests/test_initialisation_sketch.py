@@ -8,13 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cg_optim import host
 from cg_optim.initialisation.low_rank import SVD
 from cg_optim.initialisation.sketch import (
     PROBES,
     Projection,
     RowSketch,
     TestMatrices,
+    least_squares_together,
     right_vectors,
+    right_vectors_together,
     sketch_size,
 )
 from cg_optim.whitening import MatrixWhitening
@@ -95,6 +98,47 @@ def test_one_side_is_enough_for_the_row_space() -> None:
     rows = right_vectors(psi.mT @ matrix)[:, :8]
     best = float(values[8:].square().sum().sqrt())
     assert float((matrix - matrix @ rows @ rows.mT).norm()) < 1.35 * best
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_right_vectors_without_looking_are_those_of_the_svd(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sketches of two sizes, one of them with fewer directions than rows, and of nothing."""
+    sketches = [
+        scale * with_spectrum(0, torch.logspace(0, -3, 9, dtype=torch.float64), 9, 30),
+        scale * with_spectrum(1, torch.logspace(0, -3, 9, dtype=torch.float64), 9, 9),
+        scale * with_spectrum(2, torch.tensor([1.0, 0.5], dtype=torch.float64), 9, 20),
+        scale * with_spectrum(3, torch.tensor([1.0, 0.5], dtype=torch.float64), 4, 20).float(),
+        torch.zeros(4, 20),
+    ]
+    expected = [right_vectors(sketch) for sketch in sketches]
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    for found, exact, count in zip(
+        right_vectors_together(sketches), expected, (9, 9, 2, 2, 0), strict=True
+    ):
+        assert found.dtype == exact.dtype
+        assert relative_error(found.mT @ found, torch.eye(found.shape[1]).to(found)) < 1e-6
+        aligned = (found[:, :count] * exact[:, :count]).sum(0).abs()
+        torch.testing.assert_close(aligned, torch.ones_like(aligned), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_least_squares_without_looking_are_those_of_the_pseudoinverse(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = generator(0)
+    spectra = ([1.0, 0.5, 0.1], [1.0, 0.5, 1e-5], [1.0, 1e-2, 2e-3])
+    systems = [
+        (scale * with_spectrum(i, torch.tensor(values).double(), 8, 3), gaussian(source, 8, 2))
+        for i, values in enumerate(spectra)
+    ]
+    systems.append((torch.zeros(8, 4), torch.ones(8, 4)))
+    expected = least_squares_together(systems, 1e-3)
+    monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    for found, exact in zip(least_squares_together(systems, 1e-3), expected, strict=True):
+        assert found.dtype == exact.dtype
+        torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7 / scale)
 
 
 def test_the_energy_is_estimated_without_bias() -> None:

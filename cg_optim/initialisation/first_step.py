@@ -12,6 +12,12 @@ up).  In ``step()``, with the input curvature of these same rows,
    cannot express.  So this batch trains ``B`` like any other and no step is lost.
 
 Both are free of the loss's scale, and so of ``GradScaler``'s and of clipping.
+
+Nobody waits for an accelerator here either.  Where values are at hand, pairs that cannot start
+(``B`` is not zero, or what was seen is not finite) are left out, and if there is no other the
+next step tries again.  Elsewhere nobody knows: all pairs are computed, each is kept as it was
+where it could not start, and that was it.  Eigenvectors then come from Jacobi's method, for all
+pairs together.
 """
 
 from __future__ import annotations
@@ -23,13 +29,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from cg_optim import host
 from cg_optim.damped import DampedInput
 from cg_optim.factor_state import factor_dtype
-from cg_optim.initialisation.fresh import is_fresh
+from cg_optim.initialisation.fresh import untouched
 from cg_optim.initialisation.low_rank import row_space, with_norm_of
-from cg_optim.initialisation.sketch import TestMatrices, right_vectors, sketch_size
+from cg_optim.initialisation.sketch import (
+    TestMatrices,
+    least_squares_together,
+    right_vectors_together,
+    sketch_size,
+)
+from cg_optim.linalg import all_finite
 from cg_optim.pair_step import PairWork
 from cg_optim.pairs import LoRAPair
+from cg_optim.whitening import Whitening
 
 #: The same on every rank and in every run.
 SEED = 0
@@ -42,11 +56,14 @@ class Start(NamedTuple):
 
     Attributes:
         down: The new ``A``, ``(r, n)``.
-        change: ``C``, ``(r, r)``.
+        change: ``C``, ``(r, r)``: from the right it turns the gradient of ``B`` into the one
+            for the new ``A``.
+        usable: Boolean ``()``; where it is False the pair stays as it is.
     """
 
     down: Tensor
     change: Tensor
+    usable: Tensor
 
 
 class FirstStep:
@@ -85,7 +102,7 @@ class FirstStep:
                 sketch = self._sketches[index]
                 sketch.masked_fill_(~unless.to(sketch.device), 0.0)
 
-    def start(self, damped: Callable[[int], DampedInput | None]) -> dict[int, Tensor]:
+    def start(self, damped: Callable[[int], DampedInput | None]) -> dict[int, Start]:
         """Set ``A`` of every pair that was seen and whose ``B`` is zero; the sketches are spent.
 
         Distributed ranks add up their sketches and take over what the first one makes of
@@ -95,39 +112,66 @@ class FirstStep:
             damped: Gives the damped input curvature of the same batch by pair.
 
         Returns:
-            By pair ``C``, ``(r, r)``: from the right it turns the gradient of ``B`` into the
-            one for the new ``A``.  Pairs that stay as they were are missing.
+            By pair what became of it.  Pairs of which it is known that they stay as they were
+            are missing.
         """
         together = _several_ranks()
         if together:
             self._sum_over_ranks()
-        starts = {index: self._start_of(index, damped(index)) for index in list(self._sketches)}
-        found = {index: start for index, start in starts.items() if start is not None}
+        found = self._starts(damped)
         if together:
             found = self._of_first_rank(found)
         for index, start in found.items():
-            self._down(index).copy_(start.down)
+            old = self._down(index)
+            old.copy_(torch.where(start.usable, start.down.to(old.dtype), old))
         self.discard()
         self._tests = TestMatrices(SEED)  # lets go of the matrices
-        return {index: start.change for index, start in found.items()}
+        return found
 
     def _down(self, index: int) -> Tensor:
         """A view of ``A`` as ``(r, n)``."""
         pair = self._pairs[index]
         return pair.as_matrices(pair.A.detach(), pair.B.detach())[0]
 
-    def _start_of(self, index: int, damped: DampedInput | None) -> Start | None:
-        sketch, pair = self._sketches[index], self._pairs[index]
-        if damped is None or not is_fresh(pair):
-            return None
-        whitening = damped.whitening()
-        whitened = whitening.apply(sketch)
-        if not bool(torch.isfinite(whitened).all()) or not bool(whitened.any()):
-            return None
-        old = self._down(index).to(sketch.dtype)
-        new = with_norm_of(old, row_space(right_vectors(whitened), pair.rank, whitening))
-        change = torch.linalg.pinv(sketch @ old.mT, rtol=SMALLEST) @ (sketch @ new.mT)
-        return Start(new.contiguous(), change.contiguous())
+    def _starts(self, damped: Callable[[int], DampedInput | None]) -> dict[int, Start]:
+        """What became of the pairs, for what is not known one by one to stay as it is."""
+        found: dict[int, Start] = {}
+        unseen: dict[int, Whitening] = {}
+        for index, sketch in self._sketches.items():
+            model = damped(index)
+            if model is None:
+                continue
+            whitening = model.whitening()
+            if not host.at_hand(sketch):
+                unseen[index] = whitening
+            elif bool(self._usable(index, whitening)):
+                found.update(self._starts_of({index: whitening}))
+        return {**found, **self._starts_of(unseen)}
+
+    def _usable(self, index: int, whitening: Whitening) -> Tensor:
+        """Boolean ``()``: ``B`` is zero, and what was seen is finite and not zero."""
+        rows = whitening.apply(self._sketches[index])
+        return all_finite(rows) & rows.any() & untouched(self._pairs[index])
+
+    def _starts_of(self, whitenings: dict[int, Whitening]) -> dict[int, Start]:
+        usable = {index: self._usable(index, k_x) for index, k_x in whitenings.items()}
+        right = right_vectors_together(
+            torch.where(usable[index], k_x.apply(self._sketches[index]), 0.0)
+            for index, k_x in whitenings.items()
+        )
+        downs: dict[int, Tensor] = {}
+        systems: list[tuple[Tensor, Tensor]] = []
+        for (index, k_x), vectors in zip(whitenings.items(), right, strict=True):
+            sketch = self._sketches[index]
+            old = self._down(index).to(sketch.dtype)
+            new = with_norm_of(old, row_space(vectors, self._pairs[index].rank, k_x))
+            downs[index] = new.contiguous()
+            systems.append((sketch @ old.mT, sketch @ new.mT))
+        changes = least_squares_together(systems, SMALLEST)
+        return {
+            index: Start(down, change.contiguous(), usable[index])
+            for (index, down), change in zip(downs.items(), changes, strict=True)
+        }
 
     # ------------------------------------------------------------------ distributed ranks
 
@@ -142,12 +186,15 @@ class FirstStep:
         for index, sketch in sorted(self._sketches.items()):  # in one order on all ranks
             rank = self._pairs[index].rank
             mine = found.get(index) or Start(
-                sketch.new_zeros(rank, sketch.shape[1]), sketch.new_zeros(rank, rank)
+                sketch.new_zeros(rank, sketch.shape[1]),
+                sketch.new_zeros(rank, rank),
+                torch.zeros((), dtype=torch.bool, device=sketch.device),
             )
-            for tensor in mine:
+            usable = mine.usable.to(sketch.dtype)  # not every backend sends booleans
+            for tensor in (mine.down, mine.change, usable):
                 distributed.broadcast(tensor, src=0)
-            if bool(mine.down.any()):
-                agreed[index] = mine
+            if not host.at_hand(usable) or bool(usable):
+                agreed[index] = mine._replace(usable=usable > 0)
         return agreed
 
 
@@ -156,8 +203,10 @@ def _several_ranks() -> bool:
     return started and distributed.get_world_size() > 1
 
 
-def with_changed_gradient(work: PairWork, change: Tensor | None) -> PairWork:
-    """The same work with the gradient of ``B`` times ``C``; unchanged without one."""
-    if change is None or work.b.grad is None:
+def with_changed_gradient(work: PairWork, start: Start | None) -> PairWork:
+    """The same work with the gradient of ``B`` times ``C`` if the pair has started."""
+    if start is None or work.b.grad is None:
         return work
-    return replace(work, b=replace(work.b, grad=work.b.grad.to(change.dtype) @ change))
+    grad = work.b.grad.to(start.change.dtype)
+    changed = torch.where(start.usable, grad @ start.change, grad)
+    return replace(work, b=replace(work.b, grad=changed))

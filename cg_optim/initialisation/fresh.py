@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from cg_optim.errors import InitialisationError
 from cg_optim.pairs import LoRAPair
 
 
+def untouched(pair: LoRAPair) -> Tensor:
+    """Boolean ``()``: ``B`` is zero, so that ``A`` can change without changing the function."""
+    return ~pair.B.detach().any()
+
+
 def is_fresh(pair: LoRAPair) -> bool:
-    """Whether ``B`` is zero, so that ``A`` can change without changing the function."""
-    return not bool(pair.B.detach().any())
+    """Whether ``B`` is zero; looks at it."""
+    return bool(untouched(pair))
 
 
 def check_rank(pair: LoRAPair) -> None:

@@ -18,9 +18,13 @@ over distributed ranks alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
+from cg_optim import host
+from cg_optim.initialisation.jacobi import jacobi_eigenpairs
 from cg_optim.initialisation.low_rank import SVD
 from cg_optim.whitening import Whitening
 
@@ -29,6 +33,8 @@ from cg_optim.whitening import Whitening
 OVERSAMPLING = 2
 #: Random directions outside the basis that tell how much energy is there.
 PROBES = 8
+#: Far below any scale, so that zero can be divided by.
+TINY = 1e-290
 
 
 def sketch_size(rank: int, out_features: int, in_features: int) -> int:
@@ -67,7 +73,9 @@ class TestMatrices:
         if key not in self._known:
             source = torch.Generator().manual_seed((self._seed << 1) + stream)
             start = torch.randn(rows, columns, generator=source, dtype=torch.float64)
-            self._known[key] = (torch.linalg.qr(start).Q * rows**0.5).to(like.device, like.dtype)
+            matrix = (torch.linalg.qr(start).Q * rows**0.5).to(like.dtype)
+            # Without waiting for the copy; a change of precision on the way would wait.
+            self._known[key] = matrix.to(like.device, non_blocking=True)
         return self._known[key]
 
 
@@ -142,5 +150,75 @@ class Projection:
 
 def right_vectors(corange_sketch: Tensor) -> Tensor:
     """Approximate right singular vectors of ``M``, ``(n, min(l, n))``, from ``Psi^T M`` alone."""
-    vectors: Tensor = torch.linalg.svd(corange_sketch, full_matrices=False).Vh
-    return vectors.mT
+    return _with_signs(torch.linalg.svd(corange_sketch, full_matrices=False).Vh.mT)
+
+
+def _with_signs(vectors: Tensor) -> Tensor:
+    """The largest entry of each column made positive: decompositions leave the signs open."""
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
+
+
+def right_vectors_together(corange_sketches: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`right_vectors` of several finite ``(l, n)``, ``l <= n``, without waiting for any.
+
+    Of each sketch only what is returned is kept.
+    """
+    results: list[Tensor] = []
+    squares: dict[int, Tensor] = {}
+    for index, sketch in enumerate(corange_sketches):
+        if host.at_hand(sketch):
+            results.append(right_vectors(sketch))
+            continue
+        # Orthonormal even where the sketch has fewer directions than rows.
+        basis, upper = torch.linalg.qr(sketch.mT)
+        results.append(basis)
+        wide = upper.double()
+        wide = wide / wide.abs().amax().clamp_min(TINY)
+        squares[index] = wide @ wide.mT
+    for index, (_, vectors) in _eigenpairs_together(squares).items():
+        results[index] = _with_signs(results[index] @ vectors.to(results[index].dtype))
+    return results
+
+
+def least_squares_together(
+    systems: Sequence[tuple[Tensor, Tensor]], smallest: float
+) -> list[Tensor]:
+    """``C`` of the least norm that minimises ``|M C - N|_F``, for several systems.
+
+    Args:
+        systems: ``M`` ``(l, r)`` and ``N`` ``(l, s)`` of each.
+        smallest: Singular values of ``M`` below this part of the largest count as zero.
+
+    Returns:
+        ``C``, ``(r, s)``, of each.
+    """
+    results: list[Tensor] = []
+    squares: dict[int, Tensor] = {}
+    for index, (left, right) in enumerate(systems):
+        if host.at_hand(left):
+            results.append(torch.linalg.pinv(left, rtol=smallest) @ right)
+            continue
+        wide = left.double()
+        scale = wide.abs().amax().clamp_min(TINY)
+        squares[index] = (wide / scale).mT @ (wide / scale)
+        projected = (wide / scale).mT @ (right.double() / scale)
+        results.append(projected)
+    for index, (values, vectors) in _eigenpairs_together(squares).items():
+        kept = values > smallest**2 * values[:1]
+        inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
+        solution = vectors @ (inverse[:, None] * (vectors.mT @ results[index]))
+        results[index] = solution.to(systems[index][1].dtype)
+    return results
+
+
+def _eigenpairs_together(matrices: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Eigenpairs of symmetric float64 ``(k, k)`` matrices; equal sizes in one stack."""
+    stacks: dict[tuple[int, torch.device], list[int]] = {}
+    for index, matrix in matrices.items():
+        stacks.setdefault((len(matrix), matrix.device), []).append(index)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices in stacks.values():
+        pairs = jacobi_eigenpairs(torch.stack([matrices[index] for index in indices]))
+        found.update(zip(indices, zip(*pairs, strict=True), strict=True))
+    return found
