@@ -8,7 +8,7 @@ is exact to the bit, without a copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from cg_optim.alignment import Factors
 from cg_optim.errors import InitialisationError
 from cg_optim.pairs import LoRAPair
 
+#: About so many entries are moved at a time: few enough to stay in a processor's cache.
+BLOCK = 2**17
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,10 +34,6 @@ class BaseWeight:
 
     parameter: nn.Parameter
     transposed: bool
-
-    def matrix(self) -> Tensor:
-        """A view of the weight as ``(m, n)``."""
-        return self.parameter.detach().t() if self.transposed else self.parameter.detach()
 
 
 def find_base_weights(pairs: Sequence[LoRAPair]) -> dict[LoRAPair, BaseWeight]:
@@ -103,7 +101,8 @@ class MovedWeight:
         base: The weight.
         start: The factors it was moved by.
         scaling: ``s``.
-        places: Flat indices of the entries that adding back gets wrong.
+        places: Flat indices, in the weight as it is stored, of the entries that adding back gets
+            wrong.
         values: What these entries were.
     """
 
@@ -115,33 +114,44 @@ class MovedWeight:
 
     def move_back(self) -> None:
         """Give the weight its old value, bit for bit."""
-        matrix = self.base.matrix()
-        restored = _plus(matrix, _product(self.start, self.scaling, matrix)).flatten()
-        restored[self.places] = self.values
-        matrix.copy_(restored.view_as(matrix))
+        for block, product in _products(self.base, self.start, self.scaling):
+            block.copy_(_plus(block, product))
+        stored = self.base.parameter.detach()
+        stored[torch.unravel_index(self.places.long(), stored.shape)] = self.values
 
 
 def move(base: BaseWeight, start: Factors, scaling: float) -> MovedWeight:
-    """Subtract ``s B A`` from a base weight, in place; one layer's worth of memory.
+    """Subtract ``s B A`` from a base weight, in place and a block of rows at a time.
 
     Args:
         base: The weight.
         start: ``A`` and ``B`` as they are stored, rounded to their own precision.
         scaling: ``s``.
     """
-    matrix = base.matrix()
-    before = matrix.clone()
-    product = _product(start, scaling, matrix)
-    matrix.copy_(_plus(before, -product))
-    wrong = (_plus(matrix, product) != before).flatten()
-    places = wrong.nonzero().squeeze(-1)
     kept = Factors(start.down.clone(), start.up.clone())
-    return MovedWeight(base, kept, scaling, places, before.flatten()[places].clone())
+    size = base.parameter.numel()
+    index = torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
+    places, values, offset = [], [], 0
+    for block, product in _products(base, kept, scaling):
+        before = block.clone()
+        block.copy_(_plus(before, -product))
+        wrong = (_plus(block, product) != before).flatten().nonzero().squeeze(-1)
+        values.append(before.flatten()[wrong])
+        places.append((wrong + offset).to(index))
+        offset += block.numel()
+    return MovedWeight(base, kept, scaling, torch.cat(places), torch.cat(values))
 
 
-def _product(start: Factors, scaling: float, like: Tensor) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return scaling * (start.up.to(wide) @ start.down.to(wide))
+def _products(base: BaseWeight, start: Factors, scaling: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows of the weight as it is stored, each with its part of ``s B A``."""
+    stored = base.parameter.detach()
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    left, right = scaling * start.up.to(wide), start.down.to(wide)
+    if base.transposed:
+        left, right = right.mT, left.mT
+    rows = max(1, BLOCK // stored.shape[1])
+    for block, part in zip(stored.split(rows), left.split(rows), strict=True):
+        yield block, part @ right
 
 
 def _plus(matrix: Tensor, product: Tensor) -> Tensor:
