@@ -120,6 +120,27 @@ def test_nystrom_is_exact_on_an_invariant_subspace(seed: int) -> None:
     torch.testing.assert_close(found, torch.linalg.eigvalsh(x)[-K:].flip(0), rtol=1e-4, atol=0)
 
 
+@quick
+@given(seeds, st.integers(1, 6))
+def test_no_basis_of_the_span_is_better_than_another(seed: int, updates: int) -> None:
+    """The estimate is that of directions rotated to eigenvectors in each update."""
+    source, curvature = generator(seed), fresh("low rank")
+    assert isinstance(curvature, LowRankCurvature)
+    basis, values, weights = curvature.basis.clone(), torch.zeros(K, dtype=torch.float64), 0.0
+    for _ in range(updates):
+        rows = gaussian(source, 9, N)
+        feed(curvature, rows)
+        assert curvature.update(DECAY)
+        weights = DECAY * weights + 1
+        fresh_part = rows.mT @ (rows @ basis) / len(rows)
+        sketch = torch.lerp(basis * values, fresh_part, 1 / weights)
+        basis, factor = nystrom(basis, sketch)
+        values, vectors = torch.linalg.eigh(factor @ factor.mT)
+        basis = basis @ vectors
+    mine = curvature.basis @ curvature.factor
+    assert relative_error(mine @ mine.mT, (basis * values) @ basis.mT) < 1e-8
+
+
 SPECTRA = {
     "condition 1e12": torch.logspace(0, -12, K, dtype=torch.float64),
     "rank deficient": torch.tensor([1.0, 0.5, 0.0, 0.0], dtype=torch.float64),

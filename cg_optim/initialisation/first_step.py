@@ -66,6 +66,14 @@ class Start(NamedTuple):
     usable: Tensor
 
 
+class _Whitened(NamedTuple):
+    """``Z K_X`` ``(k, n)`` of a pair, ``K_X``, and whether the pair can start, ``()``."""
+
+    rows: Tensor
+    k_x: Whitening
+    usable: Tensor
+
+
 class FirstStep:
     """The sketches of all pairs until their first step.
 
@@ -136,32 +144,25 @@ class FirstStep:
     def _starts(self, damped: Callable[[int], DampedInput | None]) -> dict[int, Start]:
         """What became of the pairs, for what is not known one by one to stay as it is."""
         found: dict[int, Start] = {}
-        unseen: dict[int, Whitening] = {}
+        unseen: dict[int, _Whitened] = {}
         for index, sketch in self._sketches.items():
             model = damped(index)
             if model is None:
                 continue
-            whitening = model.whitening()
+            k_x = model.whitening()
+            rows = k_x.apply(sketch)
+            usable = all_finite(rows) & rows.any() & untouched(self._pairs[index])
             if not host.at_hand(sketch):
-                unseen[index] = whitening
-            elif bool(self._usable(index, whitening)):
-                found.update(self._starts_of({index: whitening}))
+                unseen[index] = _Whitened(torch.where(usable, rows, 0.0), k_x, usable)
+            elif bool(usable):
+                found.update(self._starts_of({index: _Whitened(rows, k_x, usable)}))
         return {**found, **self._starts_of(unseen)}
 
-    def _usable(self, index: int, whitening: Whitening) -> Tensor:
-        """Boolean ``()``: ``B`` is zero, and what was seen is finite and not zero."""
-        rows = whitening.apply(self._sketches[index])
-        return all_finite(rows) & rows.any() & untouched(self._pairs[index])
-
-    def _starts_of(self, whitenings: dict[int, Whitening]) -> dict[int, Start]:
-        usable = {index: self._usable(index, k_x) for index, k_x in whitenings.items()}
-        right = right_vectors_together(
-            torch.where(usable[index], k_x.apply(self._sketches[index]), 0.0)
-            for index, k_x in whitenings.items()
-        )
+    def _starts_of(self, pairs: dict[int, _Whitened]) -> dict[int, Start]:
+        right = right_vectors_together([pair.rows for pair in pairs.values()])
         downs: dict[int, Tensor] = {}
         systems: list[tuple[Tensor, Tensor]] = []
-        for (index, k_x), vectors in zip(whitenings.items(), right, strict=True):
+        for (index, (_, k_x, _)), vectors in zip(pairs.items(), right, strict=True):
             sketch = self._sketches[index]
             old = self._down(index).to(sketch.dtype)
             new = with_norm_of(old, row_space(vectors, self._pairs[index].rank, k_x))
@@ -169,7 +170,7 @@ class FirstStep:
             systems.append((sketch @ old.mT, sketch @ new.mT))
         changes = least_squares_together(systems, SMALLEST)
         return {
-            index: Start(down, change.contiguous(), usable[index])
+            index: Start(down, change.contiguous(), pairs[index].usable)
             for (index, down), change in zip(downs.items(), changes, strict=True)
         }
 

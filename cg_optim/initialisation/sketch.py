@@ -18,7 +18,7 @@ over distributed ranks alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -159,11 +159,8 @@ def _with_signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -vectors, vectors)
 
 
-def right_vectors_together(corange_sketches: Iterable[Tensor]) -> list[Tensor]:
-    """:func:`right_vectors` of several finite ``(l, n)``, ``l <= n``, without waiting for any.
-
-    Of each sketch only what is returned is kept.
-    """
+def right_vectors_together(corange_sketches: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`right_vectors` of several finite ``(l, n)``, ``l <= n``, without waiting for any."""
     results: list[Tensor] = []
     squares: dict[int, Tensor] = {}
     for index, sketch in enumerate(corange_sketches):
