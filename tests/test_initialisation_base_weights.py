@@ -45,6 +45,36 @@ def test_moving_back_is_exact_however_large_the_step(dtype: torch.dtype, size: f
     assert torch.equal(weight, before)
 
 
+def test_moving_back_keeps_the_sign_of_zero() -> None:
+    layer = LoRALinear(4, 3, r=1)
+    weight = layer.base_layer.weight
+    weight.data.fill_(-0.0)
+    move(
+        find_base_weight(pair_of(layer)), Factors(torch.ones(1, 4), torch.ones(3, 1)), 1.0
+    ).move_back()
+    assert bool(weight.signbit().all())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_larger_than_a_block_is_moved_whole(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(7, 23, r=2)
+    if transposed:
+        layer.base_layer = pytest.importorskip("transformers.pytorch_utils").Conv1D(23, 7)
+    weight = layer.base_layer.weight
+    before = weight.detach().clone()
+    start = Factors(torch.randn(2, 7), torch.randn(23, 2))
+    monkeypatch.setattr("cg_optim.initialisation.base_weights.BLOCK", 30)
+    moved = move(find_base_weight(pair_of(layer)), start, 2.0)
+    step = 2.0 * start.up @ start.down
+    torch.testing.assert_close(weight.detach(), before - (step.T if transposed else step))
+    assert moved.places.numel() > 0
+    moved.move_back()
+    assert torch.equal(weight, before)
+
+
 def test_only_what_rounding_lost_is_remembered() -> None:
     torch.manual_seed(0)
     layer = LoRALinear(200, 100, r=2)
