@@ -194,16 +194,18 @@ def final_loss(one: Measures) -> str:
 
 
 def difference(paired: Paired | None) -> str:
-    """A paired difference with its sign."""
-    if paired is None:
+    """A paired difference with its sign; none where a run of either side has no loss."""
+    if paired is None or not math.isfinite(paired.mean):
         return MISSING
     text = plus_minus((paired.mean, paired.spread))
     return text if text.startswith("-") else f"+{text}"
 
 
 def verdict(paired: Paired | None) -> str:
-    """``lower``, ``higher`` or ``level``; nothing to say of a single seed."""
-    return MISSING if paired is None or paired.count < 2 else paired.verdict
+    """``lower``, ``higher`` or ``level``; nothing to say of a single seed or of a failed run."""
+    if paired is None or paired.count < 2 or not math.isfinite(paired.mean):
+        return MISSING
+    return paired.verdict
 
 
 def reach(value: Reach | None) -> str:

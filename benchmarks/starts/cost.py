@@ -1,8 +1,9 @@
 """Time and memory of each initialisation itself, on one model in one run.
 
 Every initialisation runs in a process of its own, on the same weights and batches.  Time is
-processor time, which other work on the machine does not spoil; memory is how far the peak of
-the process rises above what the model and one training step of the plain adapters need.
+processor time, which other work on the machine spoils a little only; memory is how far the peak
+of the process rises above what the model and one training step of the plain adapters need.  All
+of that is repeated, in turns, and the medians are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ STARTS = (
 FIRST_STEP = "first step"
 LIMIT = 60
 """Processor seconds after which a start is given up (EVA goes on until its components converge)."""
+ROUNDS = 3
+SLOW = 10
+"""A start that takes more processor seconds than that is not measured again."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +86,46 @@ class CostProblem(Problem):
 
 
 def measure_all(
-    shape: Shape, threads: int, starts: Sequence[str | None] = STARTS, limit: int = LIMIT
+    shape: Shape,
+    threads: int,
+    starts: Sequence[str | None] = STARTS,
+    limit: int = LIMIT,
+    rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Costs of all starts; one that raises or takes too long is recorded with its error."""
-    context = multiprocessing.get_context("spawn")
-    found = {}
-    for start in starts:
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_measure, args=(theirs, start, shape, threads, limit))
-        process.start()
-        theirs.close()  # so that the end of the process ends the wait
-        try:
-            found[start or "plain"] = mine.recv()
-        except EOFError:
-            found[start or "plain"] = {"error": f"not done after {limit} s"}
-        process.join()
+    runs: dict[str, list[dict[str, Any]]] = {start or "plain": [] for start in starts}
+    for number in range(rounds):
+        for start in starts:
+            mine = runs[start or "plain"]
+            if number == 0 or ("error" not in mine[0] and mine[0]["seconds"] <= SLOW):
+                mine.append(_in_own_process(start, shape, threads, limit))
     return {
         "shape": asdict(shape),
         "batches": {"peft": CALIBRATION_BATCHES, "curvature": CURVATURE_BATCHES},
-        "starts": found,
+        "rounds": rounds,
+        "starts": {name: _typical(mine) for name, mine in runs.items()},
         "environment": environment("cpu", threads),
     }
+
+
+def _typical(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of the runs, or the first error."""
+    failed = next((run for run in runs if "error" in run), None)
+    return failed or {key: median(run[key] for run in runs) for key in runs[0]}
+
+
+def _in_own_process(start: str | None, shape: Shape, threads: int, limit: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_measure, args=(theirs, start, shape, threads, limit))
+    process.start()
+    theirs.close()  # so that the end of the process ends the wait
+    try:
+        found: dict[str, Any] = mine.recv()
+    except EOFError:
+        found = {"error": f"not done after {limit} s"}
+    process.join()
+    return found
 
 
 def _measure(pipe: Any, start: str | None, shape: Shape, threads: int, limit: int) -> None:
@@ -191,12 +215,15 @@ def table(record: dict[str, Any]) -> str:
     shape = record["shape"]
     # Records without the entry are from a time when all looked at as many batches.
     batches = record.get("batches", {"peft": 4, "curvature": 4})
+    rounds = record.get("rounds", 1)
+    repeated = f"; medians of {rounds} runs, of one where it takes over {SLOW} s"
+    repeated = repeated if rounds > 1 else ""
     header = ("initialisation", "CPU seconds", "memory", "of LoRA-GA's time", "of its memory")
     note = (
         f"Llama of {shape['layers']} layers, d = {shape['hidden']}, float32, rank {shape['rank']}, "
         f"{batches['peft']} batches of {shape['batch']} x {shape['length']} tokens for PEFT's but "
         f"PiSSA (none), {batches['curvature']} for curvature_init_, and for the optimizer's own "
         "its first training batch (the difference between two training steps); memory is how far "
-        "the process's peak rises above that of a training step."
+        f"the process's peak rises above that of a training step{repeated}."
     )
     return f"{grid(header, rows)}\n\n{note}"

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.cells import Result, save
+from benchmarks.report.table import MISSING
 from benchmarks.starts import __main__ as command
 from benchmarks.starts import compare, cost
 from benchmarks.sweep import plan, rate
@@ -54,6 +55,16 @@ def test_the_table_compares_each_start_with_its_own_optimizer(tmp_path):
     assert "level" in rows["EVA + AdamW"]
 
 
+def test_a_start_is_not_compared_with_an_optimizer_that_diverged(tmp_path):
+    (comparison,) = compare.comparisons(None, [7], ["code-b8"], ["cg", "cg-eva"])
+    finish(comparison, tmp_path)
+    for path in (tmp_path / comparison.task.folder / "cg").glob("*-s2-*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"status": "diverged"}))
+    (row,) = [line for line in compare.table(comparison, tmp_path).splitlines() if "EVA" in line]
+    assert row.split(" | ")[-2:] == [MISSING, f"{MISSING} |"]
+
+
 @pytest.mark.parametrize("start", [None, "lora-ga", "curvature-newton", cost.FIRST_STEP])
 def test_costs_are_measured(start):
     found = cost.measure(start, TINY)
@@ -65,6 +76,18 @@ def test_a_start_that_takes_too_long_is_given_up():
     endless = cost.Shape(hidden=512, intermediate=512, layers=16, batch=64, length=256)
     found = cost.measure_all(endless, threads=1, starts=["lora-ga"], limit=2)
     assert found["starts"] == {"lora-ga": {"error": "not done after 2 s"}}
+
+
+def test_quick_starts_are_measured_several_times(monkeypatch):
+    seconds = {"plain": iter([1.0, 3.0, 2.0]), "pissa": iter([cost.SLOW + 1.0])}
+
+    def run(start, *_):
+        return {"seconds": next(seconds[start or "plain"]), "bytes": 8.0}
+
+    monkeypatch.setattr(cost, "_in_own_process", run)
+    found = cost.measure_all(TINY, threads=1, starts=[None, "pissa"], rounds=3)
+    assert found["starts"]["plain"] == {"seconds": 2.0, "bytes": 8.0}
+    assert found["starts"]["pissa"] == {"seconds": 11.0, "bytes": 8.0}
 
 
 def test_the_table_of_costs_refers_to_plain_adapters_and_to_lora_ga():
