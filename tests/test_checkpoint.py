@@ -292,6 +292,18 @@ def test_state_of_another_optimizer_model_or_curvature_is_refused() -> None:
         assert_equal(optimizer.state_dict(), before)
 
 
+def test_state_with_other_names_for_the_curvature_is_refused_and_both_are_listed() -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    factor = saved["state"][A].pop("input_factor")
+    saved["state"][A]["input_eigenvalues"] = factor.square().sum(0)
+    message = r"input_eigenvalues.*expected.*input_factor.*another version"
+    with pytest.raises(StateError, match=message):
+        optimizer.load_state_dict(saved)
+
+
 def test_nothing_is_pickled_but_tensors_and_plain_values(tmp_path: Path) -> None:
     model = tagger()
     optimizer = CGLoRAOptimizer(model, lr=torch.tensor(1e-2))
