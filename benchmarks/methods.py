@@ -35,7 +35,8 @@ class Method:
         package: distribution it comes from.
         build: makes the optimizer.
         lr: centre of the learning-rate sweep on the language-model task.
-        default: learning rate its package sets (that of AdamW where it wraps AdamW).
+        default: learning rate its package sets (that of AdamW where it wraps AdamW), or how it
+            chooses one for input size, rank and scaling of the adapters.
         knob: name of the second sensitive setting, and values to sweep, the package's own first.
         full: whether all weights are trained instead of adapters.
         init: initialisation of the adapters, see :mod:`benchmarks.initialisations`.
@@ -49,7 +50,7 @@ class Method:
     package: str
     build: Build
     lr: float
-    default: float | None = 1e-3
+    default: float | Callable[[int, int, float], float] | None = 1e-3
     knob: str | None = None
     values: tuple[float | None, ...] = (None,)
     full: bool = False
@@ -80,17 +81,23 @@ class Method:
                 raise TypeError(f"{type(optimizer).__name__} has no argument {key!r}")
         return optimizer
 
-    def entry(self, lr_scale: float, knobs: bool) -> Entry:
+    def entry(
+        self, lr_scale: float, knobs: bool, adapters: tuple[int, int, float] | None = None
+    ) -> Entry:
         """How this method takes part in a study.
 
         Args:
             lr_scale: factor on the centre of the sweep for this kind of task.
             knobs: whether to sweep the second knob.
+            adapters: usual input size, rank and scaling of the task's adapters, if known.
         """
+        default = self.default
+        if callable(default):
+            default = None if adapters is None else default(*adapters)
         return Entry(
             method=self.name,
             lr=self.lr * lr_scale,
-            default=self.default,
+            default=default,
             knobs=self.values if knobs else self.values[:1],
             priority=self.priority,
             follows=self.follows,
@@ -275,11 +282,18 @@ def _cg_revision() -> str:
     from cg_optim.rule import RULE_VERSION
 
     defaults = {key: value for key, value in _cg_defaults().items() if key != "weight_decay"}
+    defaults["lr"] = 1e-3  # as it once was: every cell states its own rate
     for switch in ("init", "strict"):  # switched off they leave every number as it was
         if not defaults.get(switch):
             defaults.pop(switch, None)
     mark = f"{RULE_VERSION}{sorted(defaults.items(), key=str)}"
     return hashlib.sha256(mark.encode()).hexdigest()[:8]
+
+
+def _cg_default_rate(in_features: int, rank: int, scaling: float) -> float:
+    from cg_optim.learning_rate import suggested_rate
+
+    return float(f"{suggested_rate(in_features, rank, scaling):.2g}")
 
 
 def _cg_method() -> Method:
@@ -290,7 +304,7 @@ def _cg_method() -> Method:
         package="cg_optim",
         build=_cg,
         lr=1e-2,
-        default=float(defaults.get("lr", 1e-3)),
+        default=_cg_default_rate,
         priority=0,
         revision=_cg_revision,
     )

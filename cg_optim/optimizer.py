@@ -26,6 +26,7 @@ from cg_optim.errors import NoPairsWarning, UnobservedPairWarning, warn
 from cg_optim.factor_state import as_factor_state, new_factor_state
 from cg_optim.initialisation.first_step import FirstStep, with_changed_gradient
 from cg_optim.initialisation.fresh import check_rank
+from cg_optim.learning_rate import WITHOUT_PAIRS, default_learning_rate
 from cg_optim.linalg import Rung, recorded_rungs
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair, factor_ids
@@ -43,7 +44,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
     input curvature ``E[x x^T]`` is collected by hooks during ordinary backward passes.
     Every other trainable parameter gets exactly ``torch.optim.AdamW``.
 
-    >>> optimizer = CGLoRAOptimizer(model, lr=1e-3)  # instead of AdamW(model.parameters())
+    >>> optimizer = CGLoRAOptimizer(model, lr=4e-4)  # instead of AdamW(..., lr=2e-4)
     >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     Build it before ``torch.compile`` compiles the model: hooks registered later never
@@ -60,6 +61,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         model_or_params: A module (all its trainable parameters), or parameters, named
             parameters or parameter groups as for any ``torch.optim`` optimizer.
         lr: Learning rate; take twice what AdamW would get.  A float or a one-element tensor.
+            None: a first guess from the sizes of the LoRA pairs, see
+            :func:`~cg_optim.default_learning_rate`; it goes to the parameter groups as a number.
         model: The module in which to look for LoRA pairs when the first argument is
             not a module.
         pairs: Pairs declared by hand, in addition to those found; they take
@@ -95,7 +98,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
     def __init__(
         self,
         model_or_params: nn.Module | ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         *,
         model: nn.Module | None = None,
         pairs: Iterable[LoRAPair] = (),
@@ -112,7 +115,7 @@ class CGLoRAOptimizer(ResumableOptimizer):
         arguments.check_init(init, curvature)
         defaults = arguments.plain_numbers(
             {
-                "lr": lr,
+                "lr": WITHOUT_PAIRS if lr is None else lr,
                 "momentum": momentum,
                 "betas": betas,
                 "eps": eps,
@@ -144,6 +147,10 @@ class CGLoRAOptimizer(ResumableOptimizer):
         self._warned_unobserved = False
         found = self._discover()
         arguments.check_not_empty(groups, model)
+        if lr is None:
+            mine = [parameter for group in groups for parameter in arguments.tensors_of(group)]
+            usable, _ = arguments.complete_pairs(found, mine, declared)
+            defaults["lr"] = default_learning_rate(usable)
         # Pairs are adopted once all groups are known.
         self._constructed = False
         super().__init__(groups, defaults)

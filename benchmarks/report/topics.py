@@ -150,7 +150,8 @@ def _method(name: str) -> Method | None:
 def _entry(name: str, method: Method | None, task: Task | None, results: list[Result]) -> Entry:
     if method is not None:
         scale = 1.0 if task is None else task.lr_scale
-        return method.entry(scale, task is None or task.knobs)
+        adapters = None if task is None else task.adapters
+        return method.entry(scale, task is None or task.knobs, adapters)
     return Entry(name, statistics.median(result.cell.lr for result in results))
 
 

@@ -39,6 +39,7 @@ class Task:
         settings: all that decides the results; part of the recipe.
         data: folder of the user's data, ``None`` for what Python carries.
         device: device of the runs.
+        width: input size of most adapted layers.
         lr_scale: factor on the methods' sweep centres, which are set for the lm work.
         tuning_seeds, reporting_seeds: disjoint seeds for choosing and for reporting.
         methods: methods that take part unless the user names others, all if empty.
@@ -57,6 +58,7 @@ class Task:
     settings: dict[str, Any] = field(hash=False)
     data: Path | None = None
     device: str = "cpu"
+    width: int | None = None
     lr_scale: float = 1.0
     tuning_seeds: tuple[int, ...] = (0,)
     reporting_seeds: tuple[int, ...] = (1, 2, 3)
@@ -67,6 +69,14 @@ class Task:
     log_scale: bool = False
     order: int = 0
     cache: Path = CACHE
+
+    @property
+    def adapters(self) -> tuple[int, int, float] | None:
+        """Usual input size, rank and scaling of the adapters, where the size is known."""
+        if self.width is None:
+            return None
+        rank = self.settings["rank"]
+        return self.width, rank, self.settings.get("alpha", rank) / rank
 
     @property
     def recipe(self) -> str:
@@ -91,7 +101,9 @@ class Task:
             task=self.name,
             recipe=self.recipe,
             steps=self.steps,
-            entries=tuple(method.entry(self.lr_scale, self.knobs) for method in methods),
+            entries=tuple(
+                method.entry(self.lr_scale, self.knobs, self.adapters) for method in methods
+            ),
             tuning_seeds=self.tuning_seeds,
             reporting_seeds=self.reporting_seeds,
             refine=self.refine,

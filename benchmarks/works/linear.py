@@ -58,6 +58,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 steps=size["steps"],
                 settings=settings,
                 device=device,
+                width=size["shape"][1],
                 lr_scale=3.0,
                 knobs=preset != "quick",
                 refine=preset != "tiny",

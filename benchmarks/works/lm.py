@@ -145,6 +145,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                     settings=settings,
                     data=data,
                     device=device,
+                    width=base.hidden_size,
                     methods=METHODS[preset],
                     knobs=preset in THOROUGH,
                     refine=preset in THOROUGH,

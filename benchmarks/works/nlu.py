@@ -121,6 +121,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 settings=settings,
                 data=None if from_python else data,
                 device=device,
+                width=encoder.HIDDEN_SIZE,
                 lr_scale=LR_SCALE,
                 methods=METHODS if preset in THOROUGH else ("adamw", "full-adamw", "cg"),
                 knobs=False,

@@ -1,14 +1,18 @@
 """Every method's adapter trains a toy, options reach constructors, wrong names are refused."""
 
 import importlib.util
+import statistics
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import execute, methods, training
 from benchmarks.cells import Cell, load
 from benchmarks.usage import UsageError
 from benchmarks.works import linear
+from benchmarks.works import work as work_named
+from cg_optim import LoRAPair, default_learning_rate, find_lora_pairs
 
 NEEDS = {"corda": "attr"}
 """Packages that a method needs besides its own and does not declare."""
@@ -129,3 +133,23 @@ def test_switches_that_are_off_do_not_outdate_our_results(monkeypatch):
     assert methods._cg_revision() == before
     monkeypatch.setattr(methods, "_cg_defaults", lambda: {**defaults, "init": "curvature"})
     assert methods._cg_revision() != before
+
+
+@pytest.mark.parametrize(
+    ("work", "preset"), [("linear", "quick"), ("lm", "quick"), ("nlu", "quick")]
+)
+def test_our_default_rate_is_the_one_the_optimizer_would_choose(work, preset):
+    task = work_named(work).tasks(preset, None, "cpu")[0]
+    entry = methods.get("cg").entry(1.0, True, task.adapters)
+    width, rank, scaling = task.adapters
+    factors = nn.Parameter(torch.zeros(rank, width)), nn.Parameter(torch.zeros(3, rank))
+    assert entry.default == default_learning_rate([LoRAPair(*factors, scaling=scaling)])
+    assert methods.get("adamw").entry(1.0, True, task.adapters).default == 1e-3
+    assert methods.get("cg").entry(1.0, True).default is None
+
+
+def test_the_width_of_a_task_is_that_of_most_of_its_adapted_layers():
+    task = work_named("linear").tasks("tiny", None, "cpu")[0]
+    pairs = find_lora_pairs(training.build(linear.problem(task), methods.get("cg"), 1)).pairs
+    assert statistics.median(pair.in_features for pair in pairs) == task.width
+    assert pairs[0].scaling == task.adapters[2]
