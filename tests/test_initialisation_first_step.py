@@ -21,6 +21,7 @@ from cg_optim.damped import DampedGram
 from cg_optim.initialisation.first_step import FirstStep
 from cg_optim.pairs import LoRAPair
 from tests import processes
+from tests.initialisation_models import KINDS, built, fresh_tagger, regression, squares
 from tests.models import (
     LoRALinear,
     assert_close,
@@ -32,7 +33,6 @@ from tests.models import (
     train,
 )
 from tests.strategies import relative_error
-from tests.test_initialisation_curvature_init import KINDS, built, fresh_tagger, regression, squares
 
 
 def optimizer_of(model: nn.Module, **arguments: Any) -> CGLoRAOptimizer:
