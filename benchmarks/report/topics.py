@@ -128,9 +128,9 @@ def _registered(name: str, preset: str) -> list[Task]:
 def _relative(name: str, preset: str, task: str) -> Task | None:
     """The registered task of that name, else one with the same ending, else the first."""
     known = _registered(name, preset)
-    ending = task.rpartition("-")[2]
+    ending = task.partition("-")[2]
     same = [one for one in known if one.name == task]
-    alike = [one for one in known if one.name.rpartition("-")[2] == ending]
+    alike = [one for one in known if one.name.partition("-")[2] == ending]
     return next(iter([*same, *alike, *known]), None)
 
 
