@@ -1,7 +1,7 @@
-"""The methods under comparison: one small adapter each, around the package that publishes it.
+"""The methods under comparison: how each is built and where its sweep starts.
 
-To add a peer, write a function ``(model, lr, knob, options) -> Optimizer`` and an entry in
-:data:`METHODS`. Weight decay is 0 for all: it is a setting of the task, not of a method.
+To add a peer, write its function in :mod:`benchmarks.optimizers` and an entry in
+:data:`METHODS`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ import hashlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import AdamW, NAdam, Optimizer
+from torch.optim import Optimizer
 
+from . import optimizers
+from .optimizers import Build
 from .sweep import Entry
 from .usage import UsageError
-
-Options = Mapping[str, Any]
-Build = Callable[[nn.Module, float, "float | None", Options], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -105,164 +103,9 @@ class Method:
         )
 
 
-class Combined(Optimizer):
-    """Several optimizers that step together, each on its own parameters.
-
-    Only for methods that can't take every parameter: their groups stay the inner optimizers' own,
-    so that a schedule reaches them.
-    """
-
-    def __init__(self, inner: Iterable[Optimizer]) -> None:
-        self.inner = list(inner)
-        super().__init__(
-            [{"params": list(group["params"])} for one in self.inner for group in one.param_groups],
-            {},
-        )
-        self.param_groups = [group for one in self.inner for group in one.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step every inner optimizer."""
-        for one in self.inner:
-            one.step()
-
-    @property
-    def states(self) -> list[Any]:
-        """The inner optimizers' states."""
-        return [one.state for one in self.inner]
-
-
 def _constructor_arguments(optimizer: Optimizer) -> set[str]:
-    inner = optimizer.inner if isinstance(optimizer, Combined) else [optimizer]
+    inner = optimizer.inner if isinstance(optimizer, optimizers.Combined) else [optimizer]
     return {name for one in inner for name in inspect.signature(type(one).__init__).parameters}
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require gradients."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _lora_pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Adapter factors as ``A, B, A, B, ...`` and the other trainable parameters."""
-    pairs: list[nn.Parameter] = []
-    for module in model.modules():
-        factors_a, factors_b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if isinstance(factors_a, nn.ModuleDict) and isinstance(factors_b, nn.ModuleDict):
-            for adapter in factors_a:
-                pairs.extend((factors_a[adapter].weight, factors_b[adapter].weight))
-    known = {id(parameter) for parameter in pairs}
-    return pairs, [parameter for parameter in trainable(model) if id(parameter) not in known]
-
-
-def _adamw(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    return AdamW(trainable(model), lr=lr, **{"weight_decay": 0.0, "fused": True, **options})
-
-
-def _nadam(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    """Adam with Nesterov's look-ahead, which our rule uses too: shows what the rest of it gains."""
-    settings: dict[str, Any] = {"decoupled_weight_decay": True, "foreach": True, **options}
-    if knob is not None:
-        settings["betas"] = (knob, 0.999)
-    return NAdam(trainable(model), lr=lr, **settings)
-
-
-def _muon(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    """Muon on matrices; embeddings, vectors and heads go to AdamW, as Muon's authors advise.
-
-    ``match_rms_adamw`` scales Muon's step to AdamW's, so that one learning rate serves both.
-    """
-    from torch.optim import Muon  # since torch 2.9
-
-    vocabulary = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    matrices, rest = [], []
-    for parameter in trainable(model):
-        is_matrix = parameter.ndim == 2 and id(parameter) not in vocabulary
-        (matrices if is_matrix else rest).append(parameter)
-    settings = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw", **options}
-    inner: list[Optimizer] = [Muon(matrices, lr=lr, **settings)]
-    if rest:
-        inner.append(AdamW(rest, lr=lr, weight_decay=0.0, fused=True))
-    return Combined(inner)
-
-
-def _lora_plus(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from peft.optimizers import create_loraplus_optimizer
-
-    settings = dict(options)
-    # PEFT's names are longer, and it ignores a ``weight_decay``.
-    settings["loraplus_weight_decay"] = settings.pop("weight_decay", 0.0)
-    settings["loraplus_lr_ratio"] = settings.pop("ratio", 16.0 if knob is None else knob)
-    return create_loraplus_optimizer(model, AdamW, lr=lr, **settings)  # type: ignore[arg-type]
-
-
-def _riemannian(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from peft.optimizers import create_riemannian_optimizer
-
-    settings = {"weight_decay": 0.0, "reg": 1e-2 if knob is None else knob, **options}
-    return create_riemannian_optimizer(model, AdamW, lr=lr, **settings)  # type: ignore[arg-type]
-
-
-def _lora_fa(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from peft.optimizers import create_lorafa_optimizer
-
-    config = model.peft_config["default"]  # type: ignore[union-attr,index]
-    return create_lorafa_optimizer(
-        model,  # type: ignore[arg-type]
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lr=lr,
-        **options,
-    )
-
-
-def _lora_rite(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from pytorch_optimizer import LoRARite
-
-    pairs, rest = _lora_pairs(model)
-    optimizer = LoRARite(pairs, lr=lr, **options)
-    if not rest:
-        return optimizer
-    return Combined([optimizer, AdamW(rest, lr=lr, weight_decay=0.0, fused=True)])
-
-
-def _soap(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(trainable(model), lr=lr, **{"weight_decay": 0.0, **options})
-
-
-def _shampoo(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    """Scalable Shampoo with the settings its authors use for grafting.
-
-    The package's defaults (a preconditioner every 1000 steps, SGD grafting) hardly
-    precondition in a fine-tuning run, so these are set as for SOAP: every 10 steps.
-    """
-    from pytorch_optimizer.optimizer.shampoo import LayerWiseGrafting, ScalableShampoo
-
-    settings: dict[str, Any] = {
-        "start_preconditioning_step": 10,
-        "preconditioning_compute_steps": 10,
-        "graft_type": LayerWiseGrafting.RMSPROP,
-        "moving_average_for_momentum": True,
-    }
-    return ScalableShampoo(trainable(model), lr=lr, **{**settings, **options})
-
-
-def _kron(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from pytorch_optimizer import Kron
-
-    return Kron(trainable(model), lr=lr, **options)
-
-
-def _cg(model: nn.Module, lr: float, knob: float | None, options: Options) -> Optimizer:
-    from cg_optim import CGLoRAOptimizer
-
-    settings = {"weight_decay": 0.0, **options}
-    if knob is not None:
-        settings["damping"] = knob
-    return CGLoRAOptimizer(model, lr=lr, **settings)
 
 
 def _cg_defaults() -> dict[str, Any]:
@@ -302,7 +145,7 @@ def _cg_method() -> Method:
         name="cg",
         title="CGLoRAOptimizer",
         package="cg_optim",
-        build=_cg,
+        build=optimizers.cg,
         lr=1e-2,
         default=_cg_default_rate,
         priority=0,
@@ -315,31 +158,37 @@ def _cg_method() -> Method:
 
 
 def _all_methods() -> list[Method]:
-    adamw = Method("adamw", "AdamW", "torch", _adamw, lr=1e-2, priority=0)
+    adamw = Method("adamw", "AdamW", "torch", optimizers.adamw, lr=1e-2, priority=0)
 
     return [
         adamw,
         _cg_method(),
-        Method("full-adamw", "full weights, AdamW", "torch", _adamw, 2e-3, full=True, priority=0),
-        Method("full-muon", "full weights, Muon", "torch", _muon, 5e-3, full=True, priority=0),
         Method(
-            "nadam", "NAdam", "torch", _nadam, 1e-2, 2e-3,
+            "full-adamw", "full weights, AdamW", "torch", optimizers.adamw, 2e-3,
+            full=True, priority=0,
+        ),
+        Method(
+            "full-muon", "full weights, Muon", "torch", optimizers.muon, 5e-3,
+            full=True, priority=0,
+        ),
+        Method(
+            "nadam", "NAdam", "torch", optimizers.nadam, 1e-2, 2e-3,
             knob="beta1", values=(None, 0.8), priority=1,
         ),
-        Method("soap", "SOAP", "pytorch_optimizer", _soap, 1e-2, 3e-3, priority=1),
+        Method("soap", "SOAP", "pytorch_optimizer", optimizers.soap, 1e-2, 3e-3, priority=1),
         Method(
-            "lora+", "LoRA+", "peft", _lora_plus, 3e-3,
+            "lora+", "LoRA+", "peft", optimizers.lora_plus, 3e-3,
             knob="ratio", values=(None, 4.0), priority=1,
         ),
-        Method("lora-rite", "LoRA-RITE", "pytorch_optimizer", _lora_rite, 3e-3),
+        Method("lora-rite", "LoRA-RITE", "pytorch_optimizer", optimizers.lora_rite, 3e-3),
         Method(
-            "riemannian", "Riemannian AdamW", "peft", _riemannian, 3e-3,
+            "riemannian", "Riemannian AdamW", "peft", optimizers.riemannian, 3e-3,
             knob="reg", values=(None, 1.0, 1e-4),
         ),
-        Method("muon", "Muon", "torch", _muon, 1e-2),
-        Method("kron", "Kron", "pytorch_optimizer", _kron, 1e-2, priority=3),
-        Method("shampoo", "Shampoo", "pytorch_optimizer", _shampoo, 1e-2, priority=3),
-        Method("lora-fa", "LoRA-FA", "peft", _lora_fa, 1e-2, priority=3),
+        Method("muon", "Muon", "torch", optimizers.muon, 1e-2),
+        Method("kron", "Kron", "pytorch_optimizer", optimizers.kron, 1e-2, priority=3),
+        Method("shampoo", "Shampoo", "pytorch_optimizer", optimizers.shampoo, 1e-2, priority=3),
+        Method("lora-fa", "LoRA-FA", "peft", optimizers.lora_fa, 1e-2, priority=3),
         *(_starting(adamw, init, title) for init, title in PEER_STARTS.items()),
     ]  # fmt: skip
 

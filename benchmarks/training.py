@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from . import metrics
 from .cells import Cell, Result
-from .methods import Method, trainable
+from .methods import Method
 from .optimizer_state import state_bytes
+from .optimizers import trainable
 from .problem import Batch, Problem
 
 WARM_UP = 3

@@ -12,7 +12,7 @@ from cg_optim import CGLoRAOptimizer
 
 from ..adapters import add_lora
 from ..language_model import VOCABULARY, LanguageModelRecipe, build_model, loss
-from ..methods import trainable
+from ..optimizers import trainable
 from .measure import LR, adamw
 from .stopwatch import BASELINES, Contender, resume_after_warm_up, summarise, take_turns
 

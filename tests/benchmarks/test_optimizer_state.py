@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("pytorch_optimizer")
-from benchmarks.methods import Combined
 from benchmarks.optimizer_state import state_bytes
+from benchmarks.optimizers import Combined
 
 
 def holding(**state):
