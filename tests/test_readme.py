@@ -65,7 +65,7 @@ RUN_BY = {
     '.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"': "Makefile",
     ".venv/bin/python -m benchmarks.demo": "tests/benchmarks/test_demo.py",
     ".venv/bin/python -m pytest": "Makefile",
-    "python -m benchmarks.examples.trainer": "tests/test_examples.py",
+    "python -m benchmarks.examples.trainer": "tests/test_examples_transformers.py",
     "python -m benchmarks.peft_kinds": "tests/test_peft_kinds.py",
     "python -m cg_optim.report run.jsonl": "tests/test_report.py",
 }
