@@ -12,6 +12,7 @@ from .plots import draw
 from .step_cost import draw_step_cost, step_costs, step_text
 from .summary import summary
 from .table import tables
+from .targets import targets
 from .topics import Topic, topics
 
 BLOCK = "results"
@@ -48,7 +49,8 @@ def write_report(out: Path, *, refresh: bool) -> None:
 
 
 def _trained(found: Sequence[tuple[Topic, Sequence[Measures]]], out: Path) -> list[Section]:
-    sections = []
+    kept = targets(found)
+    sections = [_section("Ours relative to AdamW", kept, [])] if kept else []
     for topic, measured in found:
         pictures = draw(topic, measured, out)
         sections.append(_section(topic.label, tables(topic, measured), pictures))
