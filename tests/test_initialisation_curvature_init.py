@@ -92,6 +92,21 @@ def test_activation_checkpointing_changes_nothing(checkpointing: str) -> None:
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_around_it_is_as_autocast_inside_the_loss(mode: str) -> None:
+    def inside(model: nn.Module, data: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, data)
+
+    results = []
+    for around, loss in ((False, inside), (True, loss_of)):
+        model = fresh_tagger()
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            curvature_init_(model, BATCHES, loss, mode=mode, length=0.1)
+        results.append(parameters_of(model))
+    assert_equal(*results)
+
+
 def test_padding_does_not_count() -> None:
     results = []
     for padded in (False, True):

@@ -160,6 +160,23 @@ def test_only_the_adapters_differ_after_the_first_step_and_nothing_is_run_twice(
     assert "init_pending" not in plain_group
 
 
+def test_a_schedule_of_the_learning_rate_is_not_distorted() -> None:
+    rates = []
+    for init in (None, "curvature"):
+        model = fresh_tagger()
+        optimizer = optimizer_of(model, init=init)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=6)
+        seen = []
+        for seed in range(5):
+            seen.append(optimizer.param_groups[0]["lr"])
+            train(model, optimizer, [seed])
+            schedule.step()
+        rates.append((seen, optimizer.param_groups[0]["steps_taken"]))
+    assert rates[0] == rates[1]
+    assert rates[0][1] == 5
+    assert len(set(rates[0][0])) == 5
+
+
 def test_every_b_moves_in_the_first_step_and_a_is_set_once() -> None:
     model = fresh_tagger()
     optimizer = optimizer_of(model)

@@ -18,7 +18,11 @@ from cg_optim.initialisation.low_rank import balanced_factors, row_space, with_n
 from cg_optim.initialisation.report import InitReport, layer_report
 from cg_optim.initialisation.statistics import Statistics, WhitenedLayer
 from cg_optim.initialisation.step_length import search_length
-from cg_optim.initialisation.surroundings import left_alone, progress_bar
+from cg_optim.initialisation.surroundings import (
+    left_alone,
+    progress_bar,
+    under_autocast_of_now,
+)
 from cg_optim.pairs import LoRAPair
 
 MODES = ("keep", "newton", "shift")
@@ -112,6 +116,9 @@ def curvature_init_(
     data = list(batches)
     if not data:
         raise InitialisationError("there is no batch to learn from; pass at least one")
+    loss_fn = under_autocast_of_now(loss_fn, observed)
+    if sampled_loss_fn is not None:
+        sampled_loss_fn = under_autocast_of_now(sampled_loss_fn, observed)
 
     with left_alone(model, observed, seed):
         statistics = Statistics(observed, curvature, damping, seed)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cg_optim.pairs import LoRAPair
 
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module, pairs: Sequence[LoRAPair], seed: int) -> Iterator[None]:
-    """Only the ``B`` of the pairs get gradients inside; everything is as before outside."""
+    """Only the ``B`` of the pairs get gradients inside; everything is as before outside.
+
+    Autocast is off inside: statistics and factors need their full precision.
+    """
     factors = {id(pair.B) for pair in pairs}
     parameters = list(model.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+    autocast_off = torch.autocast(pairs[0].A.device.type, enabled=False)
+    indices = sorted(index for index in devices if index is not None)
+    with autocast_off, torch.random.fork_rng(devices=indices):
         torch.manual_seed(seed)
         try:
             for parameter in parameters:
@@ -29,6 +35,20 @@ def left_alone(model: nn.Module, pairs: Sequence[LoRAPair], seed: int) -> Iterat
             for parameter, (required, grad) in zip(parameters, before, strict=True):
                 parameter.requires_grad_(required)
                 parameter.grad = grad
+
+
+def under_autocast_of_now(
+    function: Callable[[nn.Module, Any], Tensor], pairs: Sequence[LoRAPair]
+) -> Callable[[nn.Module, Any], Tensor]:
+    """The function, run whenever it is called with the autocast of the present surroundings."""
+    device = pairs[0].A.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def run(model: nn.Module, data: Any) -> Tensor:
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            return function(model, data)
+
+    return run
 
 
 @contextlib.contextmanager
