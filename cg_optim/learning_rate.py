@@ -5,7 +5,7 @@ adapter: every entry of ``A`` and ``B`` moves by about the rate, and the change 
 outputs that this makes adds up over the inputs and the rank.  What was measured for this
 optimizer (``benchmarks/EXPERIMENTS.md``, "A default rate that knows the model") is well
 described by a rate in proportion to ``1 / n`` and to ``(s sqrt(r))^(-2/3)``, for inputs of
-size ``n``, a scaling ``s`` and a rank ``r``.
+size ``n``, a scaling ``s`` and a rank ``r``.  Below an ``n`` of 128 it stopped to rise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterable
 
 from cg_optim.pairs import LoRAPair
 
+#: Inputs narrower than this are taken to be this wide.
+NARROWEST = 128
 #: Times ``n (s sqrt(r))^(2/3)``, the rate that suits a few dozen to a few hundred steps.
 SCALE = 5.0
 #: The rate where there is no pair to go by, ``torch.optim.AdamW``'s.
@@ -30,7 +32,7 @@ def suggested_rate(in_features: int, rank: int, scaling: float) -> float:
         rank: Rank ``r`` of the adapter.
         scaling: The factor ``s`` in ``y = W x + s B A x``.
     """
-    return SCALE / in_features / math.pow(abs(scaling) * math.sqrt(rank), 2.0 / 3.0)
+    return SCALE / max(in_features, NARROWEST) / math.pow(abs(scaling) * math.sqrt(rank), 2.0 / 3.0)
 
 
 def default_learning_rate(pairs: Iterable[LoRAPair]) -> float:
