@@ -115,10 +115,14 @@ class MovedWeight:
 
     def move_back(self) -> None:
         """Give the weight its old value, bit for bit."""
-        for block, product in _products(self.base, self.start, self.scaling):
-            block.copy_(_plus(block, product))
         stored = self.base.parameter.detach()
-        stored[torch.unravel_index(self.places.long(), stored.shape)] = self.values
+        # The rounding to undo is that of the device the weight was moved on.
+        there = stored.to(self.values.device)
+        for block, product in _products(there, self.base.transposed, self.start, self.scaling):
+            block.copy_(_plus(block, product))
+        there[torch.unravel_index(self.places.long(), there.shape)] = self.values
+        if there is not stored:
+            stored.copy_(there)
 
 
 def move(base: BaseWeight, start: Factors, scaling: float) -> MovedWeight:
@@ -133,7 +137,8 @@ def move(base: BaseWeight, start: Factors, scaling: float) -> MovedWeight:
     size = base.parameter.numel()
     index = torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
     places, values, offset = [], [], 0
-    for block, product in _products(base, kept, scaling):
+    stored = base.parameter.detach()
+    for block, product in _products(stored, base.transposed, kept, scaling):
         before = block.clone()
         block.copy_(_plus(before, product, -1.0))
         different = _bits(_plus(block, product)).bitwise_xor_(_bits(before))
@@ -144,12 +149,13 @@ def move(base: BaseWeight, start: Factors, scaling: float) -> MovedWeight:
     return MovedWeight(base, kept, scaling, torch.cat(places), torch.cat(values))
 
 
-def _products(base: BaseWeight, start: Factors, scaling: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _products(
+    stored: Tensor, transposed: bool, start: Factors, scaling: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of rows of the weight as it is stored, each with its part of ``s B A``."""
-    stored = base.parameter.detach()
     wide = torch.promote_types(stored.dtype, torch.float32)
     left, right = scaling * start.up.to(wide), start.down.to(wide)
-    if base.transposed:
+    if transposed:
         left, right = right.mT, left.mT
     rows = max(1, BLOCK // stored.shape[1])
     for block, part in zip(stored.split(rows), left.split(rows), strict=True):
