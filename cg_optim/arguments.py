@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cg_optim.discovery import Discovery, find_lora_pairs
-from cg_optim.errors import GradientError, HyperparameterError, PairError, ParameterError
+from cg_optim.errors import (
+    GradientError,
+    HyperparameterError,
+    NoPairsWarning,
+    PairError,
+    ParameterError,
+    warn,
+)
 from cg_optim.pairs import LoRAPair, check_unique
 
 Group = dict[str, Any]
@@ -299,3 +306,19 @@ def complete_pairs(
             lacking = f"{' and '.join(missing)} {verb} not being optimised"
             left_out[pair.name] = lacking if missing else "not contiguous"
     return usable, left_out
+
+
+def warn_without_pairs(known: bool) -> None:
+    """Say that everything gets AdamW.
+
+    Args:
+        known: Whether there was a model to look in, or a pair declared by hand.
+    """
+    warn(
+        "no LoRA pair was found among the trainable parameters, so every parameter gets AdamW; "
+        "declare pairs by hand with pairs=[LoRAPair(...)] if there are any"
+        if known
+        else "parameters were given without a model, so no LoRA pair is known and every parameter "
+        "gets AdamW; pass the model itself, or model=model",
+        NoPairsWarning,
+    )

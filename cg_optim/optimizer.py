@@ -22,7 +22,7 @@ from cg_optim import arguments, events
 from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore
 from cg_optim.diagnostics import LayerDiagnostics, look_at
 from cg_optim.discovery import Discovery
-from cg_optim.errors import NoPairsWarning, UnobservedPairWarning, warn
+from cg_optim.errors import UnobservedPairWarning, warn
 from cg_optim.factor_state import as_factor_state, new_factor_state
 from cg_optim.initialisation.first_step import FirstStep, with_changed_gradient
 from cg_optim.initialisation.fresh import check_rank
@@ -31,6 +31,7 @@ from cg_optim.linalg import Rung, recorded_rungs
 from cg_optim.pair_step import FactorWork, PairWork, step_pairs
 from cg_optim.pairs import LoRAPair, factor_ids
 from cg_optim.plain_step import step_plain
+from cg_optim.precision import autocast_off
 from cg_optim.resumable import Group, ResumableOptimizer
 from cg_optim.rule import AdamSettings, Moments
 from cg_optim.summary import render_summary
@@ -156,18 +157,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         super().__init__(groups, defaults)
         self._constructed = True
         self._adopt(found)
-        if model is None and not declared and curvature is not None:
-            warn(
-                "parameters were given without a model, so no LoRA pair is known and every "
-                "parameter gets AdamW; pass the model itself, or model=model",
-                NoPairsWarning,
-            )
-        elif not self._pairs and curvature is not None:
-            warn(
-                "no LoRA pair was found among the trainable parameters, so every parameter gets "
-                "AdamW; declare pairs by hand with pairs=[LoRAPair(...)] if there are any",
-                NoPairsWarning,
-            )
+        if not self._pairs and curvature is not None:
+            arguments.warn_without_pairs(known=model is not None or bool(declared))
 
     # ------------------------------------------------------- parameters and pairs
 
@@ -239,9 +230,10 @@ class CGLoRAOptimizer(ResumableOptimizer):
             with torch.enable_grad():
                 loss = closure()
         arguments.check_gradients(self._parameters())
-        self._fold_in_curvature()
-        self._step_pairs()
-        self._step_others()
+        with autocast_off(self._parameters()):
+            self._fold_in_curvature()
+            self._step_pairs()
+            self._step_others()
         self._count_step()
         self._events.raise_if_strict()
         return loss
@@ -400,7 +392,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
         for index, pair in enumerate(self._pairs):
             # Looking must not create state: get, not an index into the defaultdict.
             known = [self.state.get(p) or new_factor_state(p) for p in (pair.A, pair.B)]
-            work = self._pair_work(index, pair, group_of, (known[0], known[1]))
             missed = self._steps_taken() - max(int(state["step"]) for state in known)
-            layers.append(look_at(pair.name, work, self._store.of(index), missed))
+            with autocast_off((pair.A,)):
+                work = self._pair_work(index, pair, group_of, (known[0], known[1]))
+                layers.append(look_at(pair.name, work, self._store.of(index), missed))
         return layers

@@ -45,6 +45,21 @@ def test_moving_back_is_exact_however_large_the_step(dtype: torch.dtype, size: f
     assert torch.equal(weight, before)
 
 
+def test_autocast_around_it_does_not_reach_the_weights() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(70, 60, r=3)
+    weight = layer.base_layer.weight
+    before = weight.detach().clone()
+    base, start = find_base_weight(pair_of(layer)), Factors(torch.randn(3, 70), torch.randn(60, 3))
+    moved = move(base, start, 2.0)
+    there = weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        moved.move_back()
+        assert torch.equal(weight, before)
+        move(base, start, 2.0)
+    assert torch.equal(weight, there)
+
+
 def test_moving_back_keeps_the_sign_of_zero() -> None:
     layer = LoRALinear(4, 3, r=1)
     weight = layer.base_layer.weight

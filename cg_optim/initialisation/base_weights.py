@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cg_optim.alignment import Factors
 from cg_optim.errors import InitialisationError
 from cg_optim.pairs import LoRAPair
+from cg_optim.precision import autocast_off
 
 #: About so many entries are moved at a time: few enough to stay in a processor's cache.
 BLOCK = 2**17
@@ -159,7 +160,9 @@ def _products(
         left, right = right.mT, left.mT
     rows = max(1, BLOCK // stored.shape[1])
     for block, part in zip(stored.split(rows), left.split(rows), strict=True):
-        yield block, part @ right
+        with autocast_off((stored,)):
+            product = part @ right
+        yield block, product
 
 
 def _plus(matrix: Tensor, product: Tensor, sign: float = 1.0) -> Tensor:
