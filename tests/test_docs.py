@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import cg_optim
 from cg_optim import CGLoRAOptimizer, curvature_store, input_curvature, rule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,12 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     assert 'href="api.html#cg_optim.pairs.LoRAPair"' in site["internals.html"]
     rest = re.findall(r":[a-z]+:`|\.\. math::", site["api.html"] + site["internals.html"])
     assert rest == []  # Sphinx's markup that nobody translated
+
+
+def test_all_that_the_package_exports_is_in_the_api_reference() -> None:
+    shown = re.findall(r"^::: ([\w.]+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    shown_names = {path.rpartition(".")[2] for path in shown}
+    assert set(cg_optim.__all__) - {"__version__"} <= shown_names
 
 
 def test_a_public_name_without_docstring_stops_the_build(
