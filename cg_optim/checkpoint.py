@@ -16,6 +16,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 #: State that is counted; everything else is floating point.
 COUNTS = ("input_updates",)
+#: Columns of length 1; a lower precision may have rounded their entries.
+ORTHONORMAL = ("input_basis",)
+LARGEST_ENTRY = 1.01
+#: ``F`` of a matrix ``F F^T``.
+FACTORS = ("input_factor",)
 NOT_NEGATIVE = ("step", "exp_avg_sq", "input_trace", "input_updates")
 
 
@@ -110,6 +115,13 @@ def _check_one(index: int, values: Any, expected: Shapes, dtype: torch.dtype) ->
             raise StateError(f"{name} of parameter {index} holds values that are not finite")
         if name in NOT_NEGATIVE and bool((value < 0).any()):
             raise StateError(f"{name} of parameter {index} holds negative values")
+        if name in ORTHONORMAL and bool((value.abs() > LARGEST_ENTRY).any()):
+            raise StateError(
+                f"{name} of parameter {index} holds values above 1, but its columns have length 1"
+            )
+        if name in FACTORS and not bool(torch.isfinite(value.to(dtype).square().sum())):
+            # No later input could wash out a product that is not finite.
+            raise StateError(f"{name} of parameter {index} holds values out of range")
 
 
 def check_is_state_dict(state_dict: object) -> None:

@@ -304,6 +304,28 @@ def test_state_with_other_names_for_the_curvature_is_refused_and_both_are_listed
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("input_basis", 1e10, "above 1"), ("input_factor", 1e20, "out of range")],
+)
+def test_directions_that_no_training_can_have_made_are_refused(
+    name: str, value: float, message: str
+) -> None:
+    """Loaded, they would make every later update of the curvature overflow."""
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=3)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for dtype in (torch.float32, torch.bfloat16):  # rounded they are what they were
+        saved["state"][A][name] = saved["state"][A][name].to(dtype)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    saved["state"][A][name] = torch.full_like(saved["state"][A][name], value)
+    before = snapshot(model, optimizer)
+    with pytest.raises(StateError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_equal(snapshot(model, optimizer), before)
+
+
 def test_nothing_is_pickled_but_tensors_and_plain_values(tmp_path: Path) -> None:
     model = tagger()
     optimizer = CGLoRAOptimizer(model, lr=torch.tensor(1e-2))
