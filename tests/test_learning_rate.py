@@ -1,5 +1,6 @@
 """The learning rate that is taken where none is given."""
 
+import copy
 import math
 
 import pytest
@@ -107,3 +108,15 @@ def test_a_loaded_rate_wins_over_the_suggested_one():
     optimizer = CGLoRAOptimizer(model, pairs=[model.pair()])
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 3e-3
+
+
+def test_copies_and_groups_that_are_added_later_have_it_too():
+    model = TwoLayers(128)
+    factors = [model.lora_A.weight, model.lora_B.weight]
+    optimizer = CGLoRAOptimizer(factors, model=model, pairs=[model.pair()])
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    expected = default_learning_rate([model.pair()])
+    assert expected != WITHOUT_PAIRS
+    for each in (optimizer, copy.deepcopy((model, optimizer))[1]):
+        assert [group["lr"] for group in each.param_groups] == [expected] * 2
+        assert each.defaults["lr"] == expected
