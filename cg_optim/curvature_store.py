@@ -65,7 +65,14 @@ class CurvatureStore:
 
     def damp_together(self, dampings: Sequence[float]) -> None:
         """Prepare :meth:`damped` of all pairs with a few calls; one damping for each pair."""
-        damp_together((each, dampings[index]) for index, each in self._curvature_of.items())
+        wanted = [(each, dampings[index]) for index, each in self._curvature_of.items()]
+        in_use: dict[int, set[float]] = {}
+        for each, damping in wanted:
+            in_use.setdefault(id(each), set()).add(damping)
+        for each in self.distinct():
+            # A damping that changes in every step must not leave a matrix behind in each.
+            each.keep_damped(in_use[id(each)])
+        damp_together(wanted)
 
     def distinct(self) -> list[InputCurvature]:
         """Every curvature once, in the order of the pairs."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -113,6 +113,12 @@ class InputCurvature:
         if damping not in self._damped:
             self._damped[damping] = self._compute_damped(damping)
         return self._damped[damping]
+
+    def keep_damped(self, dampings: Collection[float]) -> None:
+        """Let go of what was damped otherwise."""
+        self._damped = {
+            damping: its for damping, its in self._damped.items() if damping in dampings
+        }
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors that make up the estimate; everything else follows from them."""

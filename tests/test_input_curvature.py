@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cg_optim import host
+from cg_optim import CGLoRAOptimizer, host
 from cg_optim.damped import DampedLowRank
 from cg_optim.input_curvature import (
     DenseCurvature,
@@ -20,6 +22,7 @@ from cg_optim.input_curvature import (
     state_shapes,
 )
 from cg_optim.linalg import Rung, recorded_rungs
+from tests.models import tagger, train
 from tests.strategies import (
     gaussian,
     generator,
@@ -314,3 +317,17 @@ def test_one_feature() -> None:
     assert float(damped.whitening().apply(torch.ones(1, 1, dtype=torch.float64))) == pytest.approx(
         1
     )
+
+
+@pytest.mark.parametrize("curvature", ["dense", 3])
+def test_a_damping_that_changes_in_every_step_leaves_nothing_behind(curvature: str | int) -> None:
+    model = tagger()
+    optimizer = CGLoRAOptimizer(model, lr=1e-2, curvature=curvature)
+    train(model, optimizer, range(2))
+    optimizer.remove_hooks()  # no update clears anything from here on
+    sizes = set()
+    for step in range(2, 6):
+        optimizer.param_groups[0]["damping"] = 0.1 * step
+        train(model, optimizer, [step])
+        sizes.add(len(pickle.dumps(optimizer._store)))
+    assert max(sizes) - min(sizes) < 100
