@@ -73,11 +73,13 @@ def targets(found: Sequence[tuple[Topic, Sequence[Measures]]]) -> str:
 
 
 def keep(topic: Topic, measured: Sequence[Measures]) -> Kept | None:
-    """The row of one task; ``None`` unless AdamW and ours are finished there."""
+    """The row of one task; ``None`` unless AdamW is finished there, and ours, or ours broke."""
     by_name = {one.method: one for one in measured}
     adamw, ours = by_name.get(BASELINE), by_name.get(OURS)
-    if adamw is None or ours is None or adamw.state or ours.state:
+    if adamw is None or ours is None or adamw.state or ours.state == "unfinished":
         return None
+    if ours.state:  # diverged or failed at every rate: the worst outcome must not go missing
+        return Kept(topic.label, math.inf, math.inf, ours.state, width=0.0, diverged=ours.diverged)
     steps = _steps(ours, topic.study.steps)
     seconds = None
     if steps is not None and adamw.timing is not None and ours.timing is not None:

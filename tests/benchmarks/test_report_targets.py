@@ -75,6 +75,12 @@ def test_a_loss_that_is_not_reached_is_more_than_all_steps() -> None:
     assert shown["steps"] == shown["seconds"] == ">1"
 
 
+def test_a_task_on_which_ours_breaks_stays_in_the_table() -> None:
+    kept = keep(topic(), [ADAMW, replace(OURS, state="diverged", diverged=4)])
+    assert kept is not None
+    assert (kept.steps, kept.peer, kept.width, kept.diverged) == (math.inf, "diverged", 0.0, 4)
+
+
 def test_nothing_is_said_of_unfinished_sweeps_and_other_presets() -> None:
     assert keep(topic(), [ADAMW, replace(OURS, state="unfinished")]) is None
     assert keep(topic(), [OURS]) is None
