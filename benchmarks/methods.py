@@ -134,9 +134,9 @@ def _cg_revision() -> str:
 
 
 def _cg_default_rate(in_features: int, rank: int, scaling: float) -> float:
-    from cg_optim.learning_rate import suggested_rate
+    from cg_optim.learning_rate import suggested_rate, two_digits
 
-    return float(f"{suggested_rate(in_features, rank, scaling):.2g}")
+    return two_digits(suggested_rate(in_features, rank, scaling))
 
 
 def _cg_method() -> Method:

@@ -35,10 +35,13 @@ def suggested_rate(in_features: int, rank: int, scaling: float) -> float:
     return SCALE / max(in_features, NARROWEST) / math.pow(abs(scaling) * math.sqrt(rank), 2.0 / 3.0)
 
 
+def two_digits(rate: float) -> float:
+    """Rounded: it is a rule of thumb, and easy to repeat and to write down."""
+    return float(f"{rate:.2g}")
+
+
 def default_learning_rate(pairs: Iterable[LoRAPair]) -> float:
     """The learning rate of a model, the median over its pairs, to two significant digits.
-
-    Rounded because it is a rule of thumb, and to be easy to repeat and to write down.
 
     Args:
         pairs: The model's pairs, e.g. ``find_lora_pairs(model).pairs``.
@@ -47,4 +50,4 @@ def default_learning_rate(pairs: Iterable[LoRAPair]) -> float:
         The rate; AdamW's ``1e-3`` without pairs.
     """
     rates = [suggested_rate(pair.in_features, pair.rank, pair.scaling) for pair in pairs]
-    return float(f"{statistics.median(rates):.2g}") if rates else WITHOUT_PAIRS
+    return two_digits(statistics.median(rates)) if rates else WITHOUT_PAIRS

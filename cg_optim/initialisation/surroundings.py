@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cg_optim.pairs import LoRAPair
+from cg_optim.precision import autocast_off
 
 
 @contextlib.contextmanager
@@ -22,9 +23,8 @@ def left_alone(model: nn.Module, pairs: Sequence[LoRAPair], seed: int) -> Iterat
     parameters = list(model.parameters())
     before = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
-    autocast_off = torch.autocast(pairs[0].A.device.type, enabled=False)
     indices = sorted(index for index in devices if index is not None)
-    with autocast_off, torch.random.fork_rng(devices=indices):
+    with autocast_off(pair.A for pair in pairs), torch.random.fork_rng(devices=indices):
         torch.manual_seed(seed)
         try:
             for parameter in parameters:
