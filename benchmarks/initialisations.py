@@ -27,8 +27,8 @@ from .problem import Problem
 CALIBRATION_BATCHES = 4
 """Training batches that PEFT's data-driven initialisations look at before the first step."""
 
-CURVATURE_BATCHES = 3
-"""Those that ours look at: one for the curvature, one for the gradient, one for the length."""
+CURVATURE_BATCHES = 2
+"""Those that ours look at: one for the curvature and the length, one for the gradient."""
 
 MOVING = ("curvature-newton",)
 """Initialisations after which the model is another function than before."""

@@ -18,7 +18,7 @@ from cg_optim.linalg import damped_cholesky
 from cg_optim.whitening import CholeskyWhitening
 from tests.strategies import gaussian, generator, relative_error, seeds, semidefinite, sizes
 
-#: Conditions with which float64 keeps ten digits.
+#: Conditions with which float64 keeps seven digits behind both sides.
 mild = st.floats(0, 4).map(lambda power: 10.0**power)
 
 
@@ -45,7 +45,8 @@ def test_the_newton_step_solves_the_normal_equations(
     seed: int, m: int, n: int, condition: float
 ) -> None:
     g, x, s = problem(seed, m, n, condition)
-    assert relative_error(s @ newton_step(g, x, s) @ x, -g) < 1e-9
+    # Rounding of the product of both sides: each has its condition.
+    assert relative_error(s @ newton_step(g, x, s) @ x, -g) < 1e-12 + 1e-15 * condition**2
 
 
 @given(seed=seeds, m=sizes, n=sizes, rank=sizes, condition=mild)

@@ -25,7 +25,7 @@ from tests.strategies import relative_error
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_newton_lowers_the_loss_of_the_last_batch_and_leaves_the_base_alone(kind: str) -> None:
+def test_newton_lowers_the_loss_of_the_first_batch_and_leaves_the_base_alone(kind: str) -> None:
     model = built(kind)
     data = [regression(seed) for seed in range(2)]
     before = state(model)
@@ -34,7 +34,7 @@ def test_newton_lowers_the_loss_of_the_last_batch_and_leaves_the_base_alone(kind
     assert report.loss_after is not None
     assert report.loss_before is not None
     with torch.no_grad():
-        torch.testing.assert_close(float(squares(model, data[-1])), report.loss_after)
+        torch.testing.assert_close(float(squares(model, data[0])), report.loss_after)
     assert report.loss_after < report.loss_before
     for name, value in state(model).items():
         assert torch.equal(value, before[name]) != ("lora_A" in name or "lora_B" in name)
@@ -71,7 +71,7 @@ def test_an_error_in_the_search_leaves_the_adapters_as_they_were() -> None:
     def loss(model: nn.Module, data: Any) -> Tensor:
         nonlocal searched
         searched += not torch.is_grad_enabled()
-        if searched == 2:
+        if searched == 1:  # what factors of that length do is never learnt
             raise KeyboardInterrupt
         return loss_of(model, data)
 

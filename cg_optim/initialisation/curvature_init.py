@@ -27,7 +27,7 @@ from cg_optim.pairs import LoRAPair
 
 MODES = ("keep", "newton", "shift")
 #: Raised with every change of what is computed here, so that old measurements can be told apart.
-START_VERSION = 2
+START_VERSION = 3
 #: Mean loss of one batch; what a batch is, only this function knows.
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -51,9 +51,9 @@ def curvature_init_(
     Estimates, for each layer, the input curvature ``X = E[x x^T]``, the output curvature
     ``S = E[g g^T]`` and the leading directions of the gradient whitened by both
     (:mod:`cg_optim.initialisation.low_rank` has the equations).  The first half of the
-    batches gives the curvature and the subspace, the second half the step inside it; the last
-    of three or more is seen by neither, to search the length of the step on.  A single batch
-    is used for all.  Three batches, one for each purpose, are often enough.
+    batches gives the curvature and the subspace, the second half the step inside it; the
+    length of the step is searched on the first batch, to which its coefficients are not
+    fitted and whose loss is known.  Two batches are often enough; a single one is used for all.
     No matrix of the size of a weight is built in modes ``"keep"`` and ``"newton"``.
 
     >>> curvature_init_(model, batches, lambda model, batch: model(**batch).loss)
@@ -64,7 +64,7 @@ def curvature_init_(
     * ``"keep"``: ``A`` spans the leading right directions, as long as it was before, and
       ``B`` stays zero.  Outputs are bitwise what they were.
     * ``"newton"``: the best rank-``r`` approximation of a Newton step (Curvature-Guided
-      LoRA, arXiv:2603.29824, without shift).  Its length is searched on the last batch.
+      LoRA, arXiv:2603.29824, without shift).  Its length is searched on the first batch.
     * ``"shift"``: the same factors, subtracted from the frozen weights, one layer at a
       time, so that the model starts where it was.  ``report.restore_base_()`` moves the
       weights back.
@@ -122,29 +122,9 @@ def curvature_init_(
 
     with left_alone(model, observed, seed):
         statistics = Statistics(observed, curvature, damping, seed)
-        first, second = _parts(data)
-
-        def learn_from(loss: Tensor) -> None:
-            loss.backward()
-            statistics.end_of_batch()
-            model.zero_grad(set_to_none=True)
-            advance()
-
-        passes = len(first) * (1 if sampled_loss_fn is None else 2) + len(second)
-        try:
-            with progress_bar(passes, progress) as advance, torch.enable_grad():
-                for batch in first:
-                    if sampled_loss_fn is not None:
-                        statistics.rows_wanted = False
-                        learn_from(sampled_loss_fn(model, batch))
-                        statistics.curvature_wanted, statistics.rows_wanted = False, True
-                    learn_from(loss_fn(model, batch))
-                    statistics.curvature_wanted = True
-                statistics.start_projecting()
-                for batch in second:
-                    learn_from(loss_fn(model, batch))
-        finally:
-            statistics.close()
+        loss_at_zero = _observe(
+            model, data, loss_fn, sampled_loss_fn, statistics, seed=seed, progress=progress
+        )
         layers = {i: statistics.whitened(i) for i in range(len(observed))}
         usable = {observed[i]: layer for i, layer in layers.items() if layer is not None}
         unusable = [observed[i].name for i, layer in layers.items() if layer is None]
@@ -158,22 +138,62 @@ def curvature_init_(
 
         def loss_now() -> float:
             torch.manual_seed(seed)  # the same dropout for every length
-            return float(loss_fn(model, data[-1]))
+            return float(loss_fn(model, data[0]))
 
         with torch.no_grad():
             if mode == "keep":
                 _keep(usable)
             else:
-                _newton(usable, length, loss_now, report)
+                _newton(usable, length, loss_at_zero, loss_now, report)
                 _shift(usable, bases, report)
     return report
 
 
-def _parts(data: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The batches for the curvature and for the gradient; the last is kept for the length."""
-    used = data[:-1] if len(data) > 2 else data
-    half = len(used) // 2
-    return (used[:half], used[half:]) if half else (used, used)
+def _observe(
+    model: nn.Module,
+    data: Sequence[Any],
+    loss_fn: LossFunction,
+    sampled_loss_fn: LossFunction | None,
+    statistics: Statistics,
+    *,
+    seed: int,
+    progress: bool,
+) -> float:
+    """All forward and backward passes; returns the loss of the first batch."""
+    first, second = _halves(data)
+    losses: list[Tensor] = []
+
+    def learn_from(loss: Tensor) -> None:
+        loss.backward()
+        statistics.end_of_batch()
+        model.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        advance()
+
+    passes = len(first) * (1 if sampled_loss_fn is None else 2) + len(second)
+    try:
+        with progress_bar(passes, progress) as advance, torch.enable_grad():
+            for batch in first:
+                if sampled_loss_fn is not None:
+                    statistics.rows_wanted = False
+                    learn_from(sampled_loss_fn(model, batch))
+                    statistics.curvature_wanted, statistics.rows_wanted = False, True
+                if batch is data[0]:
+                    torch.manual_seed(seed)  # the dropout that the search will meet
+                learn_from(loss_fn(model, batch))
+                statistics.curvature_wanted = True
+            statistics.start_projecting()
+            for batch in second:
+                learn_from(loss_fn(model, batch))
+    finally:
+        statistics.close()
+    return float(losses[0 if sampled_loss_fn is None else 1])
+
+
+def _halves(data: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The batches for the curvature and for the gradient; a single one is for both."""
+    half = len(data) // 2
+    return (data[:half], data[half:]) if half else (data, data)
 
 
 def _check_numbers(
@@ -202,6 +222,7 @@ def _keep(layers: dict[LoRAPair, WhitenedLayer]) -> None:
 def _newton(
     layers: dict[LoRAPair, WhitenedLayer],
     length: float | None,
+    loss_at_zero: float,
     loss_now: Callable[[], float],
     report: InitReport,
 ) -> None:
@@ -231,10 +252,10 @@ def _newton(
                 pair.A.copy_(start.down)
                 pair.B.copy_(start.up)
 
-        report.loss_before = loss_now()
+        report.loss_before = loss_at_zero
         try:
             length, report.loss_after = search_length(
-                loss_at, report.loss_before, sum(layer.slope for layer in layers.values())
+                loss_at, loss_at_zero, sum(layer.slope for layer in layers.values())
             )
         except BaseException:
             take_back()
