@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import metrics
 from .cells import Cell, write_json
 from .execute import predictions_path
-from .methods import get
+from .methods import METHODS
 from .runner import Comparison
 from .sweep import Entry, Ledger
 
@@ -31,7 +31,8 @@ FILE = "divergence.json"
 def write_divergences(comparison: Comparison, out: Path) -> Path | None:
     """Compute what can be computed for one task and write it.
 
-    The reference is the full fine-tuning with the lower loss. The file holds ``reference`` (name of
+    The reference is the full fine-tuning with the lower loss of all that are finished, also of
+    those that this run leaves out. The file holds ``reference`` (name of
     the method), ``cells`` (seed -> its cell), ``floor`` (``None`` with one seed) and ``methods``:
     for each ``mean``, ``seeds`` (seed -> divergence) and ``cells``. Values whose predictions are
     gone are kept from the file as long as their cells are still the tuned ones.
@@ -40,7 +41,8 @@ def write_divergences(comparison: Comparison, out: Path) -> Path | None:
         The file, ``None`` where the task has no predictions or no full fine-tuning is finished.
     """
     ledger = Ledger(comparison.study, list(comparison.results.values()))
-    reference = _reference(ledger)
+    every_full = comparison.task.study([method for method in METHODS.values() if method.full])
+    reference = _reference(Ledger(every_full, list(comparison.results.values())))
     if reference is None:
         return None
     method, teachers = reference
@@ -89,7 +91,7 @@ def write_divergences(comparison: Comparison, out: Path) -> Path | None:
 def _reference(ledger: Ledger) -> tuple[str, dict[int, Cell]] | None:
     best: tuple[float, str, dict[int, Cell]] | None = None
     for entry in ledger.study.entries:
-        cells = _reported(ledger, entry) if get(entry.method).full else {}
+        cells = _reported(ledger, entry)
         loss = ledger.mean(list(cells.values()), "report") if cells else None
         if loss is not None and math.isfinite(loss) and (best is None or loss < best[0]):
             best = (loss, entry.method, cells)

@@ -316,6 +316,15 @@ def test_divergences_outlive_their_predictions_but_not_their_cells(tmp_path):
     assert set(json.loads(path.read_text())["methods"]["adamw"]["seeds"]) == {"2"}
 
 
+def test_a_run_without_the_better_full_fine_tuning_keeps_it_as_the_reference(tmp_path):
+    found = reported(tmp_path)
+    path = divergence.write_divergences(found, tmp_path)
+    before = json.loads(path.read_text())
+    asked = found.task.study([methods.get(name) for name in ("adamw", "full-adamw")])
+    divergence.write_divergences(replace(found, study=asked), tmp_path)
+    assert json.loads(path.read_text()) == before
+
+
 def test_no_divergence_without_full_fine_tuning(tmp_path):
     assert divergence.write_divergences(reported(tmp_path, ("adamw",)), tmp_path) is None
 
