@@ -38,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from cg_optim import host
 from cg_optim.capture import Capture
 from cg_optim.pairs import LoRAPair
+from cg_optim.precision import autocast_off
 
 #: Receives ``x`` as ``(rows, n)``, a boolean ``(rows,)`` mask (True where a gradient
 #: arrived) and the indices of the pairs that consumed ``x``.
@@ -291,8 +292,7 @@ class CurvatureObserver:
         if not self.collecting or capture.generation != self._generation:
             capture.release()
             return
-        device = grad_out.device.type
-        with self._lock, torch.no_grad(), torch.autocast(device, enabled=False):
+        with self._lock, torch.no_grad(), autocast_off((grad_out,)):
             if self._drop_if_zeroed(pair_index):
                 # Whoever zeroed this gradient hardly left the others.
                 for other in list(self._accumulated):
