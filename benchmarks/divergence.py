@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import metrics
 from .cells import Cell, write_json
 from .execute import predictions_path
-from .methods import METHODS
+from .methods import METHODS, get
 from .runner import Comparison
 from .sweep import Entry, Ledger
 
@@ -40,9 +40,11 @@ def write_divergences(comparison: Comparison, out: Path) -> Path | None:
     Returns:
         The file, ``None`` where the task has no predictions or no full fine-tuning is finished.
     """
-    ledger = Ledger(comparison.study, list(comparison.results.values()))
-    every_full = comparison.task.study([method for method in METHODS.values() if method.full])
-    reference = _reference(Ledger(every_full, list(comparison.results.values())))
+    results = list(comparison.results.values())
+    ledger = Ledger(comparison.study, results)
+    asked = {entry.method for entry in comparison.study.entries}
+    full = [method for name in sorted({*asked, *METHODS}) if (method := get(name)).full]
+    reference = _reference(Ledger(comparison.task.study(full), results))
     if reference is None:
         return None
     method, teachers = reference
@@ -52,7 +54,6 @@ def write_divergences(comparison: Comparison, out: Path) -> Path | None:
         before = {}
     loaded = _Predictions(out)
     known = before.get("methods", {})
-    asked = {entry.method for entry in comparison.study.entries}
     # Methods that this run leaves out stay in the file.
     methods: dict[str, Any] = {name: old for name, old in known.items() if name not in asked}
     for entry in comparison.study.entries:

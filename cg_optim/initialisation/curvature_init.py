@@ -163,12 +163,12 @@ def _observe(
     first, second = _halves(data)
     losses: list[Tensor] = []
 
-    def learn_from(loss: Tensor) -> None:
+    def learn_from(loss: Tensor) -> Tensor:
         loss.backward()
         statistics.end_of_batch()
         model.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
         advance()
+        return loss.detach()
 
     passes = len(first) * (1 if sampled_loss_fn is None else 2) + len(second)
     try:
@@ -178,16 +178,16 @@ def _observe(
                     statistics.rows_wanted = False
                     learn_from(sampled_loss_fn(model, batch))
                     statistics.curvature_wanted, statistics.rows_wanted = False, True
-                if batch is data[0]:
+                if not losses:
                     torch.manual_seed(seed)  # the dropout that the search will meet
-                learn_from(loss_fn(model, batch))
+                losses.append(learn_from(loss_fn(model, batch)))
                 statistics.curvature_wanted = True
             statistics.start_projecting()
             for batch in second:
                 learn_from(loss_fn(model, batch))
     finally:
         statistics.close()
-    return float(losses[0 if sampled_loss_fn is None else 1])
+    return float(losses[0])
 
 
 def _halves(data: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
