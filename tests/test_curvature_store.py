@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from cg_optim.curvature_store import CurvatureStore
 from cg_optim.pairs import LoRAPair
+from tests.models import assert_equal
 from tests.strategies import gaussian, generator
 
 FEATURES, PAIRS = 6, 3
@@ -25,14 +28,6 @@ def pairs(count: int = PAIRS) -> list[LoRAPair]:
 
 def consume(store: CurvatureStore, rows: Tensor, *indices: int) -> None:
     store.consume(rows, torch.ones(len(rows), dtype=torch.bool), indices)
-
-
-def tensors(store: CurvatureStore, index: int) -> list[Tensor]:
-    return [value.clone() for value in store.state(index).values()]
-
-
-def equal(one: list[Tensor], two: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
 @given(updates=updates, representation=st.sampled_from(["dense", 2]))
@@ -52,7 +47,7 @@ def test_every_pair_has_what_it_would_have_alone(
         for store in alone:
             store.update()
     for index in range(PAIRS):
-        assert equal(tensors(together, index), tensors(alone[index], 0))
+        assert_equal(together.state(index), alone[index].state(0))
 
 
 def test_what_arrives_together_is_held_once_until_one_comes_alone() -> None:
@@ -71,12 +66,12 @@ def test_saved_state_is_shared_again_where_it_is_equal() -> None:
     consume(store, gaussian(source, 5, FEATURES, dtype=torch.float32), 0, 2)
     consume(store, gaussian(source, 5, FEATURES, dtype=torch.float32), 1)
     store.update()
-    saved = {index: {k: v.clone() for k, v in store.state(index).items()} for index in range(PAIRS)}
+    saved = {index: store.state(index) for index in range(PAIRS)}
     other = CurvatureStore(pairs(), "dense")
     other.load_state(saved)
     assert other.of(0) is other.of(2)
     assert other.of(1) is not other.of(0)
-    assert all(equal(tensors(other, index), list(saved[index].values())) for index in range(PAIRS))
+    assert_equal({index: other.state(index) for index in range(PAIRS)}, saved)
 
 
 def test_a_pair_saved_before_its_first_input_joins_the_others_later() -> None:
@@ -96,9 +91,9 @@ def test_rows_are_dropped_for_all_that_share_them_unless_told_otherwise() -> Non
     assert store.discard_pair(0, torch.tensor(True)) == {0, 1}
     store.update()
     assert store.has_seen(0)
-    before = tensors(store, 0)
+    before = copy.deepcopy(store.state(0))
     consume(store, 2 * torch.ones(3, FEATURES), 0, 1)
     assert store.discard_pair(1, torch.tensor(False)) == {0, 1}
     store.update()
-    assert equal(tensors(store, 0), before)
+    assert_equal(store.state(0), before)
     assert CurvatureStore(pairs(), "dense").discard_pair(0) == set()
