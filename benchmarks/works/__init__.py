@@ -45,7 +45,8 @@ class Task:
         methods: methods that take part unless the user names others, all if empty.
         knobs: whether second knobs are swept.
         refine: whether the sweep goes on to the fine grid.
-        extras: whether width, defaults and short budgets are measured.
+        defaults: whether every method also runs at the learning rate its package sets.
+        extras: whether width and short budgets are measured.
         log_scale: whether losses span orders of magnitude (for plots and means).
         order: place of the task among others of its work.
         cache: folder of what ``prepare`` makes.
@@ -65,6 +66,7 @@ class Task:
     methods: tuple[str, ...] = ()
     knobs: bool = True
     refine: bool = True
+    defaults: bool = True
     extras: bool = True
     log_scale: bool = False
     order: int = 0
@@ -108,7 +110,7 @@ class Task:
             reporting_seeds=self.reporting_seeds,
             refine=self.refine,
             width=self.extras,
-            defaults=self.extras,
+            defaults=self.defaults,
             short=self.extras,
         )
 

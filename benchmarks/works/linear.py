@@ -62,6 +62,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 lr_scale=3.0,
                 knobs=preset != "quick",
                 refine=preset != "tiny",
+                defaults=preset == "full",
                 extras=preset == "full",
                 methods=("adamw", "full-adamw", "soap") if preset == "tiny" else (),
                 log_scale=True,

@@ -150,6 +150,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                     methods=METHODS[preset],
                     knobs=preset in THOROUGH,
                     refine=preset in THOROUGH,
+                    defaults=preset in THOROUGH,
                     extras=preset in THOROUGH,
                     order=len(found),
                 )

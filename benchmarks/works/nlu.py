@@ -126,6 +126,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
                 methods=METHODS if preset in THOROUGH else ("adamw", "full-adamw", "cg"),
                 knobs=False,
                 refine=preset in THOROUGH,
+                defaults=preset in THOROUGH,
                 extras=False,
                 order=len(found),
             )

@@ -69,6 +69,19 @@ def run(task, method="adamw", lr=1e-3, steps=4, **options):
 
 
 @pytest.mark.parametrize("name", works.TRAINED)
+def test_the_thorough_presets_refine_the_rates_and_try_the_defaults(name, data):
+    module = works.work(name)
+    for preset in set(module.PRESETS) & set(works.THOROUGH):
+        for task in module.tasks(preset, data, "cpu"):
+            study = task.study([methods.get("cg")])
+            assert study.refine
+            assert study.defaults
+            entry = study.entry("cg")
+            assert entry is not None
+            assert entry.default is not None
+
+
+@pytest.mark.parametrize("name", works.TRAINED)
 def test_tasks_have_their_own_recipes_and_disjoint_seeds(name, data):
     module = works.work(name)
     for preset in module.PRESETS:
