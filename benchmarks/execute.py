@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import traceback
 import warnings
@@ -50,8 +49,6 @@ def run_job(job: Job) -> None:
 
     from . import methods, training, works
 
-    # Ctrl-C is the parent's business: it stops its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     started = time.perf_counter()

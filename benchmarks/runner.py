@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -146,8 +150,10 @@ class Runner:
                 predictions=request.stage == "report",
             )
             process = self._context.Process(target=run_job, args=(job,))
-            process.start()
-            self._running.append(_Running(request, comparison, job, process, time.monotonic()))
+            # Left half way, the worker would wait for a job that never comes, and no one for it.
+            with interrupts_held():
+                process.start()
+                self._running.append(_Running(request, comparison, job, process, time.monotonic()))
 
     def _wait(self) -> None:
         wait([running.process.sentinel for running in self._running], timeout=1.0)
@@ -222,7 +228,36 @@ def fork_server(threads: int) -> ForkServerContext:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])
+    # Ctrl-C is the parent's business, which stops its workers itself: they inherit from the
+    # server that the signal is blocked, from their first instruction on. The tracker comes
+    # first because its own start takes the block away.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block.
+
+    A handler, not a mask: with other threads about (the progress bar has one) a signal blocked
+    here is delivered there, and Python still raises in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for number in held[:1]:
+        signal.raise_signal(number)
 
 
 def _end(process: BaseProcess) -> None:

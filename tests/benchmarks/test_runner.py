@@ -60,12 +60,11 @@ class _Process:
 
 @pytest.fixture
 def server(monkeypatch):
-    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    threads = torch.get_num_threads()
     found = InThisProcess()
     monkeypatch.setattr(runner, "fork_server", lambda threads: found)
     monkeypatch.setattr(runner, "wait", lambda sentinels, timeout: None)
     yield found
-    signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
 
 
@@ -173,6 +172,36 @@ def test_stopping_by_hand_keeps_finished_cells_and_leaves_no_process(tmp_path):
     assert errors.strip().splitlines()[-1].startswith("stopped")
     assert "Traceback" not in errors
     assert list(load_all(tmp_path))
+
+
+def test_an_interrupt_waits_until_its_worker_is_known():
+    done = []
+
+    def start():
+        with runner.interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("started")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _tell_blocked(connection):
+    connection.send(signal.pthread_sigmask(signal.SIG_BLOCK, set()))
+
+
+@pytest.mark.slow
+def test_workers_never_see_an_interrupt():
+    context = runner.fork_server(1)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    here, there = context.Pipe()
+    process = context.Process(target=_tell_blocked, args=(there,))
+    process.start()
+    assert here.poll(60)
+    assert signal.SIGINT in here.recv()
+    process.join(60)
 
 
 def test_command_line_end_to_end(server, tmp_path, capsys, monkeypatch):
