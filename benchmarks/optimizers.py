@@ -49,6 +49,22 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def with_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+    """Give ``parameters`` groups of their own with the learning rate ``lr``."""
+    apart = {id(parameter) for parameter in parameters}
+    for one in optimizer.inner if isinstance(optimizer, Combined) else [optimizer]:
+        for group in list(one.param_groups):
+            chosen = [parameter for parameter in group["params"] if id(parameter) in apart]
+            if not chosen:
+                continue
+            own = {**group, "params": chosen, "lr": lr}
+            group["params"] = [p for p in group["params"] if id(p) not in apart]
+            one.param_groups.append(own)
+    if isinstance(optimizer, Combined):
+        optimizer.param_groups = [group for one in optimizer.inner for group in one.param_groups]
+    return optimizer
+
+
 def lora_pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Adapter factors as ``A, B, A, B, ...`` and the other trainable parameters."""
     pairs: list[nn.Parameter] = []

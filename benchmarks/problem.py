@@ -36,6 +36,7 @@ class Problem(ABC):
         evaluate_every: steps between evaluations, at most 10.
         device: where the model lives.
         bf16: whether forward and loss run under bfloat16 autocast.
+        head_rate: learning rate of :meth:`trainable_besides_lora` over the cell's.
     """
 
     lora: LoraSettings
@@ -43,6 +44,7 @@ class Problem(ABC):
     evaluate_every: int = 10
     device: torch.device = torch.device("cpu")
     bf16: bool = False
+    head_rate: float = 1.0
 
     @abstractmethod
     def base_model(self, seed: int) -> nn.Module:
@@ -95,3 +97,4 @@ class ConfiguredProblem(Problem):
         self.clip = settings["clip"]
         self.bf16 = settings["bf16"]
         self.evaluate_every = settings["evaluate_every"]
+        self.head_rate = settings.get("head_rate", 1.0)

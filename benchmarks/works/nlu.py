@@ -36,7 +36,12 @@ DOCSTRINGS = "docstrings"
 FEW_SHOT = (8, 32)
 """Training texts per class of the few-shot variants."""
 TASKS = ("cola", "mrpc", "rte", "banking77", "sst2", "trec6")
-FULL = ("cola", "mrpc", "rte", "banking77", "banking77-8", "banking77-32", SEARCH, "sst2", "trec6")
+OWN_RATE = "head"
+"""Mark of a variant whose new head has a learning rate of its own, so many times the adapters'."""
+FULL = (
+    "cola", "mrpc", "rte", "banking77", "banking77-8", "banking77-8-head5", "banking77-32", SEARCH,
+    "sst2", "trec6",
+)  # fmt: skip
 """Tasks of the thorough presets, the ones that decide most first."""
 METHODS = ("adamw", "full-adamw", "cg", "soap", "lora+")
 
@@ -76,29 +81,42 @@ def _names(preset: str, data: Path | None) -> list[str]:
     if preset not in THOROUGH:
         first = next((name for name in TASKS if name in found), min(found))
         return [first, SEARCH]
-    listed = [n for n in FULL if n == SEARCH or _folder_name(n) in found]
+    listed = [n for n in FULL if n == SEARCH or _Name.of(n).folder in found]
     return listed + sorted(found - set(FULL))
 
 
-def _folder_name(task: str) -> str:
-    name, dash, shots = task.rpartition("-")
-    return name if dash and shots.isdigit() else task
+@dataclass(frozen=True)
+class _Name:
+    """A task's name taken apart: ``<folder>[-<texts per class>][-head<times>]``."""
+
+    folder: str
+    shots: int | None
+    head_rate: int | None
+
+    @classmethod
+    def of(cls, task: str) -> _Name:
+        numbers: dict[str, int] = {}
+        for mark in (OWN_RATE, ""):
+            name, dash, last = task.rpartition("-")
+            if dash and last.startswith(mark) and last.removeprefix(mark).isdigit():
+                task, numbers[mark] = name, int(last.removeprefix(mark))
+        return cls(task, numbers.get(""), numbers.get(OWN_RATE))
 
 
 def _files(data: Path, name: str) -> tuple[Path, Path]:
-    folder = data / _folder_name(name)
+    folder = data / _Name.of(name).folder
     return find(folder, "train", (".tsv",)), find(folder, "dev", (".tsv",))
 
 
 def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
-    """Tasks named ``<folder>[-<texts per class>]``, ``docstrings`` and ``search``."""
+    """Tasks named as :class:`_Name` says, ``docstrings`` and ``search``."""
     size = SIZES[preset]
     found: list[Task] = []
     for name in _names(preset, data):
         search = name == SEARCH
         from_python = data is None or search
         rank = 2 * size["rank"] if search else size["rank"]
-        shots = int(name.rpartition("-")[2]) if name != _folder_name(name) else None
+        parts = _Name.of(name)
         settings: dict[str, Any] = {
             "model": encoder.PACKAGE,
             "data": data_identity(None) if from_python else files_identity(_files(data, name)),  # type: ignore[arg-type]
@@ -110,8 +128,10 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
             "length": size["length"],
             "half": size["half"],
             "evaluate_every": size["every"],
-            "shots": shots,
+            "shots": parts.shots,
         }
+        if parts.head_rate is not None:
+            settings["head_rate"] = float(parts.head_rate)
         found.append(
             Task(
                 work="nlu",

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import divergence, encoder, methods, metrics, timing, training, works
+from benchmarks import (
+    divergence,
+    encoder,
+    methods,
+    metrics,
+    optimizers,
+    timing,
+    training,
+    works,
+)
 from benchmarks.cells import Cell, Result
 from benchmarks.execute import predictions_path
 from benchmarks.runner import Comparison
@@ -239,6 +248,40 @@ def test_few_shot_tasks_take_so_many_texts_of_every_class(data, cache):
     labels = parts["train"].labels
     assert [labels.count(label) for label in (0, 1)] == [8, 8]
     assert len(parts["choose"]) + len(parts["report"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("cola", ("cola", None, None)),
+        ("banking77-8", ("banking77", 8, None)),
+        ("cola-head5", ("cola", None, 5)),
+        ("my-set-8-head10", ("my-set", 8, 10)),
+    ],
+)
+def test_names_of_variants_are_taken_apart(name, parts):
+    found = nlu._Name.of(name)
+    assert (found.folder, found.shots, found.head_rate) == parts
+
+
+def test_a_head_with_a_rate_of_its_own_learns_faster_for_every_method(nlu_task):
+    task = replace(nlu_task, settings={**nlu_task.settings, "head_rate": 5.0})
+    nlu.prepare(task)
+    problem = nlu.problem(task)
+    for name in ("adamw", "cg", "muon", "lora+", "full-adamw"):
+        cell = Cell("nlu", "tiny", task.name, name, 1e-3, None, 1, 4, task.recipe)
+        trainer = training.Trainer.start(problem, methods.get(name), cell)
+        rates = {
+            id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]
+        }
+        head = {rates[id(p)] for p in problem.trainable_besides_lora(trainer.model)}
+        assert head == {5e-3}, name
+        assert len(rates) == len(optimizers.trainable(trainer.model)), name
+        assert min(rates.values()) <= 1e-3, name
+        before = [p.clone() for p in problem.trainable_besides_lora(trainer.model)]
+        trainer.step()
+        after = problem.trainable_besides_lora(trainer.model)
+        assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True)), name
 
 
 def test_search_pairs_stay_together(monkeypatch, cache):
