@@ -13,7 +13,7 @@ from ..works import THOROUGH
 from .measures import Measures
 from .styles import OURS
 from .summary import best
-from .table import MISSING, grid
+from .table import MISSING, final_loss, grid
 from .topics import Topic
 
 WORKS = ("lm", "nlu")
@@ -66,8 +66,8 @@ def targets(found: Sequence[tuple[Topic, Sequence[Measures]]]) -> str:
         "CGLoRAOptimizer relative to AdamW. Steps and seconds are the share of AdamW's until its "
         "final loss is reached, by the same run or by a shorter one with its own schedule (`>1`: "
         "not reached). The best peer is the best other optimizer on LoRA of those that were run. "
-        "Gap and KL are to the better full fine-tuning. Widths are ratios of learning rates. "
-        "Medians are over the tasks that have a value."
+        "Gap and KL are to the better full fine-tuning, where it is ahead of AdamW on LoRA. "
+        "Widths are ratios of learning rates. Medians are over the tasks that have a value."
     )
     return f"{grid(['task', *(name for name, _ in COLUMNS)], rows)}\n\n{note}"
 
@@ -90,7 +90,7 @@ def keep(topic: Topic, measured: Sequence[Measures]) -> Kept | None:
         seconds=seconds,
         peer=_peer(topic, measured, ours),
         gap=ours.gap,
-        kl=ours.kl[0] / adamw.kl[0] if ours.kl and adamw.kl and adamw.kl[0] else None,
+        kl=_divergence(ours, adamw),
         width=None if ours.width_adamw is None else max(ours.width_adamw.ratio, 0.0),
         own_width=_ratio(ours.width_own, adamw.width_own),
         default=ours.default,
@@ -105,6 +105,13 @@ def _steps(ours: Measures, budget: int) -> float | None:
     return min(shares, default=None)
 
 
+def _divergence(ours: Measures, adamw: Measures) -> float | None:
+    """Relative to AdamW's; none where full fine-tuning is no goal, being behind AdamW on LoRA."""
+    if ours.gap is None or not (ours.kl and adamw.kl and adamw.kl[0]):
+        return None
+    return ours.kl[0] / adamw.kl[0]
+
+
 def _peer(topic: Topic, measured: Sequence[Measures], ours: Measures) -> str:
     others = [
         one
@@ -115,6 +122,8 @@ def _peer(topic: Topic, measured: Sequence[Measures], ours: Measures) -> str:
     difference = None if peer is None else paired_difference(ours.losses, peer.losses)
     if peer is None or difference is None:
         return MISSING
+    if not math.isfinite(difference.mean):
+        return f"{peer.title}: ours {final_loss(ours)}"
     return f"{peer.title}: {difference.mean:+.3f}, {difference.verdict}"
 
 

@@ -81,6 +81,19 @@ def test_a_task_on_which_ours_breaks_stays_in_the_table() -> None:
     assert (kept.steps, kept.peer, kept.width, kept.diverged) == (math.inf, "diverged", 0.0, 4)
 
 
+def test_a_run_that_diverged_is_named_where_there_is_no_mean() -> None:
+    broken = replace(OURS, runs={**OURS.runs, 2: Result(cell("cg", 2), "diverged")})
+    kept = keep(topic(), [ADAMW, broken, one("soap", 2.5)])
+    assert kept is not None
+    assert kept.peer == "SOAP: ours 1 of 2 diverged or failed"
+
+
+def test_there_is_no_divergence_from_a_full_fine_tuning_that_is_no_goal() -> None:
+    kept = keep(topic(), [ADAMW, replace(OURS, gap=None)])
+    assert kept is not None
+    assert kept.kl is None
+
+
 def test_nothing_is_said_of_unfinished_sweeps_and_other_presets() -> None:
     assert keep(topic(), [ADAMW, replace(OURS, state="unfinished")]) is None
     assert keep(topic(), [OURS]) is None
