@@ -118,7 +118,7 @@ def _committed() -> Path:
 def _comparisons(options: argparse.Namespace) -> list[Comparison]:
     """Everything asked for, checked before anything is run."""
     from . import works
-    from .methods import METHODS, select
+    from .methods import select
     from .runner import Comparison
 
     asked = select(options.methods) if options.methods else None
@@ -137,7 +137,7 @@ def _comparisons(options: argparse.Namespace) -> list[Comparison]:
                     raise UsageError(f"--seeds {clash[0]}: is a tuning seed of {task.name}")
                 changes["reporting_seeds"] = tuple(options.seeds)
             mine = replace(task, **changes)  # type: ignore[arg-type]
-            methods = asked or [METHODS[m] for m in (mine.methods or METHODS)]
+            methods = asked or select(mine.methods)
             found.append(Comparison(mine, mine.study(methods)))
     if options.tasks:
         names = [comparison.task.name for comparison in found]

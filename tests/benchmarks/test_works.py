@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -405,3 +406,12 @@ def test_timing_measures_all_in_turns_and_names_the_cells(tmp_path):
     assert record["methods"]["soap"]["ms_hooks"] == 0
     assert record["methods"]["cg"]["ms_hooks"] >= 0
     assert record["environment"]["threads"] == 1
+
+
+def test_classification_has_the_peers_whose_cells_are_committed(data):
+    task = next(task for task in nlu.tasks("medium", data, "cpu") if task.name == "toy")
+    names = [method.name for method in methods.select(task.methods)]
+    assert names == list(nlu.METHODS)
+    results = Path(__file__).resolve().parents[2] / "benchmarks/results/nlu/medium/mrpc"
+    done = {json.loads(p.read_text())["cell"]["method"] for p in results.glob("*/*.json")}
+    assert set(names) <= done
