@@ -88,14 +88,19 @@ def _names(preset: str, data: Path | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Name:
-    """A task's name taken apart: ``<folder>[-<texts per class>][-head<times>]``."""
+    """A task's name taken apart: ``<folder>[-<texts per class>][-head<times>]``.
+
+    A folder that has such a name itself is no variant.
+    """
 
     folder: str
     shots: int | None
     head_rate: int | None
 
     @classmethod
-    def of(cls, task: str) -> _Name:
+    def of(cls, task: str, data: Path | None = None) -> _Name:
+        if data is not None and (data / task).is_dir():
+            return cls(task, None, None)
         numbers: dict[str, int] = {}
         for mark in (OWN_RATE, ""):
             name, dash, last = task.rpartition("-")
@@ -105,7 +110,7 @@ class _Name:
 
 
 def _files(data: Path, name: str) -> tuple[Path, Path]:
-    folder = data / _Name.of(name).folder
+    folder = data / _Name.of(name, data).folder
     return find(folder, "train", (".tsv",)), find(folder, "dev", (".tsv",))
 
 
@@ -117,7 +122,7 @@ def tasks(preset: str, data: Path | None, device: str) -> list[Task]:
         search = name == SEARCH
         from_python = data is None or search
         rank = 2 * size["rank"] if search else size["rank"]
-        parts = _Name.of(name)
+        parts = _Name.of(name, data)
         settings: dict[str, Any] = {
             "model": encoder.PACKAGE,
             "data": data_identity(None) if from_python else files_identity(_files(data, name)),  # type: ignore[arg-type]

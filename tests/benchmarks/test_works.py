@@ -261,6 +261,15 @@ def test_names_of_variants_are_taken_apart(name, parts):
     assert (found.folder, found.shots, found.head_rate) == parts
 
 
+def test_a_folder_named_like_a_variant_is_a_task_of_its_own(tmp_path):
+    (tmp_path / "wiki-2").mkdir()
+    for part in ("train", "dev"):
+        (tmp_path / "wiki-2" / f"{part}.tsv").write_text("label\ttext_a\n1\ta\n")
+    task = next(task for task in nlu.tasks("medium", tmp_path, "cpu") if task.name == "wiki-2")
+    assert task.settings["shots"] is None
+    assert nlu._files(tmp_path, "wiki-2")[0].parent.name == "wiki-2"
+
+
 def test_a_head_with_a_rate_of_its_own_learns_faster_for_every_method(nlu_task):
     task = replace(nlu_task, settings={**nlu_task.settings, "head_rate": 5.0})
     nlu.prepare(task)
