@@ -49,8 +49,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def with_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    """Give ``parameters`` groups of their own with the learning rate ``lr``."""
+def give_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    """Move ``parameters`` to groups of their own with the learning rate ``lr``."""
     apart = {id(parameter) for parameter in parameters}
     for one in optimizer.inner if isinstance(optimizer, Combined) else [optimizer]:
         for group in list(one.param_groups):
@@ -62,7 +62,6 @@ def with_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], lr: 
             one.param_groups.append(own)
     if isinstance(optimizer, Combined):
         optimizer.param_groups = [group for one in optimizer.inner for group in one.param_groups]
-    return optimizer
 
 
 def lora_pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

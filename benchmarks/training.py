@@ -21,7 +21,7 @@ from . import metrics
 from .cells import Cell, Result
 from .methods import Method
 from .optimizer_state import state_bytes
-from .optimizers import trainable, with_own_rate
+from .optimizers import give_own_rate, trainable
 from .problem import Batch, Problem
 
 WARM_UP = 3
@@ -55,7 +55,7 @@ class Trainer:
         optimizer = method.optimizer(model, cell.lr, cell.knob)
         if problem.head_rate != 1.0:
             head = problem.trainable_besides_lora(model)
-            with_own_rate(optimizer, head, problem.head_rate * cell.lr)
+            give_own_rate(optimizer, head, problem.head_rate * cell.lr)
         for group in optimizer.param_groups:
             group["initial_lr"] = float(group["lr"])
         # Initialisations draw different amounts of random numbers; the dropout of the base model

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,6 @@ DOCSTRINGS = "docstrings"
 FEW_SHOT = (8, 32)
 """Training texts per class of the few-shot variants."""
 TASKS = ("cola", "mrpc", "rte", "banking77", "sst2", "trec6")
-OWN_RATE = "head"
-"""Mark of a variant whose new head has a learning rate of its own, so many times the adapters'."""
 FULL = (
     "cola", "mrpc", "rte", "banking77", "banking77-8", "banking77-8-head5", "banking77-32", SEARCH,
     "sst2", "trec6",
@@ -90,7 +89,8 @@ def _names(preset: str, data: Path | None) -> list[str]:
 class _Name:
     """A task's name taken apart: ``<folder>[-<texts per class>][-head<times>]``.
 
-    A folder that has such a name itself is no variant.
+    The new head's learning rate is so many times the adapters'. A folder that has such a name
+    itself is no variant.
     """
 
     folder: str
@@ -101,12 +101,10 @@ class _Name:
     def of(cls, task: str, data: Path | None = None) -> _Name:
         if data is not None and (data / task).is_dir():
             return cls(task, None, None)
-        numbers: dict[str, int] = {}
-        for mark in (OWN_RATE, ""):
-            name, dash, last = task.rpartition("-")
-            if dash and last.startswith(mark) and last.removeprefix(mark).isdigit():
-                task, numbers[mark] = name, int(last.removeprefix(mark))
-        return cls(task, numbers.get(""), numbers.get(OWN_RATE))
+        match = re.fullmatch(r"(.+?)(?:-(\d+))?(?:-head(\d+))?", task)
+        assert match is not None
+        folder, shots, head_rate = match.groups()
+        return cls(folder, shots and int(shots), head_rate and int(head_rate))
 
 
 def _files(data: Path, name: str) -> tuple[Path, Path]:

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import (
-    encoder,
-    methods,
-    metrics,
-    optimizers,
-    training,
-    works,
-)
+from benchmarks import encoder, methods, metrics, optimizers, training, works
 from benchmarks.cells import Cell
 from benchmarks.works import linear, lm, nlu
 
