@@ -9,7 +9,8 @@ memory and work, and every pair can be saved and restored on its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -73,6 +74,16 @@ class CurvatureStore:
             # A damping that changes in every step must not leave a matrix behind in each.
             each.keep_damped(in_use[id(each)])
         damp_together(wanted)
+
+    @contextmanager
+    def only_looked_at(self) -> Iterator[None]:
+        """Forget what is damped inside the block: the step damps anew and counts repairs."""
+        before = [(each, each.dampings()) for each in self.distinct()]
+        try:
+            yield
+        finally:
+            for each, dampings in before:
+                each.keep_damped(dampings)
 
     def distinct(self) -> list[InputCurvature]:
         """Every curvature once, in the order of the pairs."""

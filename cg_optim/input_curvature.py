@@ -114,6 +114,10 @@ class InputCurvature:
             self._damped[damping] = self._compute_damped(damping)
         return self._damped[damping]
 
+    def dampings(self) -> set[float]:
+        """Those for which :meth:`damped` has its answer ready."""
+        return set(self._damped)
+
     def keep_damped(self, dampings: Collection[float]) -> None:
         """Let go of what was damped otherwise."""
         self._damped = {

@@ -389,11 +389,12 @@ class CGLoRAOptimizer(ResumableOptimizer):
         """
         group_of = self._group_of()
         layers = []
-        for index, pair in enumerate(self._pairs):
-            # Looking must not create state: get, not an index into the defaultdict.
-            known = [self.state.get(p) or new_factor_state(p) for p in (pair.A, pair.B)]
-            missed = self._steps_taken() - max(int(state["step"]) for state in known)
-            with autocast_off((pair.A,)):
-                work = self._pair_work(index, pair, group_of, (known[0], known[1]))
-                layers.append(look_at(pair.name, work, self._store.of(index), missed))
+        with self._store.only_looked_at():
+            for index, pair in enumerate(self._pairs):
+                # Looking must not create state: get, not an index into the defaultdict.
+                known = [self.state.get(p) or new_factor_state(p) for p in (pair.A, pair.B)]
+                missed = self._steps_taken() - max(int(state["step"]) for state in known)
+                with autocast_off((pair.A,)):
+                    work = self._pair_work(index, pair, group_of, (known[0], known[1]))
+                    layers.append(look_at(pair.name, work, self._store.of(index), missed))
         return layers

@@ -138,6 +138,29 @@ def test_looking_changes_nothing() -> None:
     assert optimizer.diagnostics() == other.diagnostics()
 
 
+@pytest.mark.parametrize("collecting", [True, False])
+def test_repairs_are_counted_by_the_step_whether_it_was_looked_at_or_not(collecting: bool) -> None:
+    ended = []
+    for looking in (True, False):
+        model, optimizer, _ = one_layer()
+        saved = optimizer.state_dict()
+        saved["state"][0]["input_gram"][0, 0] *= -4  # a damaged checkpoint: indefinite
+        optimizer.load_state_dict(saved)
+        if not collecting:
+            optimizer.remove_hooks()
+        optimizer.zero_grad()
+        model["layer"](torch.ones(3, 6)).sum().backward()
+        if looking:
+            optimizer.layer_diagnostics()
+        with pytest.warns(NumericalWarning):
+            optimizer.step()
+        ended.append((optimizer.diagnostics(), parameters_of(model)))
+    (looked, after), (not_looked, as_well) = ended
+    assert looked == not_looked
+    assert looked["factorisation repaired"] > 0
+    assert_equal(after, as_well)
+
+
 class Operations(TorchDispatchMode):
     """Notes every operation on tensors."""
 
