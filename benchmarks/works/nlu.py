@@ -51,8 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "search_batch": 8, "search_steps": 3,
     },
     "quick": {
-        "batch": 16, "steps": 24, "rank": 8, "length": 40, "half": 100, "every": 12,
-        "search_batch": 16, "search_steps": 16,
+        "batch": 8, "steps": 24, "rank": 8, "length": 32, "half": 64, "every": 12,
+        "search_batch": 8, "search_steps": 16,
     },
     "medium": {
         "batch": 16, "steps": 60, "rank": 8, "length": 48, "half": 200, "every": 20,
