@@ -35,7 +35,8 @@ class Method:
         lr: centre of the learning-rate sweep on the language-model task.
         default: learning rate its package sets (that of AdamW where it wraps AdamW), or how it
             chooses one for input size, rank and scaling of the adapters.
-        knob: name of the second sensitive setting, and values to sweep, the package's own first.
+        knob: name of the second sensitive setting, the one that would be given in ``options``.
+        values: values of the knob to sweep, ``None`` for the package's own first.
         full: whether all weights are trained instead of adapters.
         init: initialisation of the adapters, see :mod:`benchmarks.initialisations`.
         follows: method around whose tuned learning rate the sweep of an initialisation starts.
@@ -173,7 +174,7 @@ def _all_methods() -> list[Method]:
         ),
         Method(
             "nadam", "NAdam", "torch", optimizers.nadam, 1e-2, 2e-3,
-            knob="beta1", values=(None, 0.8), priority=1,
+            knob="betas", values=(None, 0.8), priority=1,  # the first of them
         ),
         Method("soap", "SOAP", "pytorch_optimizer", optimizers.soap, 1e-2, 3e-3, priority=1),
         Method(

@@ -96,10 +96,23 @@ def test_betas_and_none_can_be_given():
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.95)
 
 
-def test_a_knob_given_by_hand_is_not_swept():
-    assert len(methods.get("cg").values) > 1
-    assert methods.get("cg[damping=0.3]").values == (None,)
-    assert methods.get("cg[damping=0.3]").entry(1.0, True).method == "cg[damping=0.3]"
+@pytest.mark.parametrize(
+    "spec", ["cg[damping=0.4]", "nadam[betas=0.7:0.999]", "lora+[ratio=2]", "riemannian[reg=0.1]"]
+)
+def test_a_knob_given_by_hand_is_not_swept(spec):
+    method = methods.get(spec)
+    assert len(methods.get(spec.partition("[")[0]).values) > 1
+    assert method.values == (None,)
+    assert method.entry(1.0, True).method == spec
+    ((key, value),) = method.options
+    optimizer = method.optimizer(training.build(linear.problem(TASK), method, 1), 1e-3, None)
+    if key in optimizer.param_groups[0]:  # PEFT keeps its own where they can't be read
+        assert optimizer.param_groups[0][key] == value
+
+
+def test_every_second_knob_is_among_those_given_by_hand():
+    swept = {name for name, method in methods.METHODS.items() if len(method.values) > 1}
+    assert swept == {"cg", "nadam", "lora+", "riemannian"}
 
 
 @pytest.mark.parametrize("spec", ["sgd", "cg[damping]", "cg[=1]", "cg[damping=1", "[a=1]", ""])
