@@ -61,7 +61,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
     Args:
         model_or_params: A module (all its trainable parameters), or parameters, named
             parameters or parameter groups as for any ``torch.optim`` optimizer.
-        lr: Learning rate; take twice what AdamW would get.  A float or a one-element tensor.
+        lr: Learning rate; take twice what AdamW would get, or the same if that was tuned.
+            A float or a one-element tensor.
             None: a first guess from the sizes of the LoRA pairs, see
             :func:`~cg_optim.default_learning_rate`; it goes to the parameter groups as a number.
         model: The module in which to look for LoRA pairs when the first argument is

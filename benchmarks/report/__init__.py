@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..marked_block import refresh_block
 from ..usage import UsageError
+from .carry_over import carry_over
 from .measures import Measures, measure
 from .plots import draw
 from .step_cost import draw_step_cost, step_costs, step_text
@@ -49,8 +50,11 @@ def write_report(out: Path, *, refresh: bool) -> None:
 
 
 def _trained(found: Sequence[tuple[Topic, Sequence[Measures]]], out: Path) -> list[Section]:
-    kept = targets(found)
-    sections = [_section("Ours relative to AdamW", kept, [])] if kept else []
+    overviews = {
+        "Ours relative to AdamW": targets(found),
+        "At the learning rate of AdamW": carry_over(found),
+    }
+    sections = [_section(label, text, []) for label, text in overviews.items() if text]
     for topic, measured in found:
         pictures = draw(topic, measured, out)
         sections.append(_section(topic.label, tables(topic, measured), pictures))
