@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 WORKS = ("linear", "lm", "nlu", "step", "report")
 TRAINED = WORKS[:3]
+MOST_GPU_JOBS = 4
+GPU_JOB_BYTES = 24 * 2**30
+"""Device memory that a training run may take: more than the ``gpu`` preset's do."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,7 +52,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of the report")
     parser.add_argument("--out", type=Path, default=Path("bench_output"), metavar="DIR")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="processes at a time")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of each process")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of each process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--until", type=float, metavar="MINUTES", help="start no cell after that")
     parser.add_argument("--retry", action="store_true", help="run failed cells again")
@@ -88,10 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.threads is None:
+        options.threads = 1 if options.device == "cpu" else min(4, os.cpu_count() or 1)
     # Before torch is imported, here and in the worker processes.
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
     from rich.console import Console
+
+    if options.device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {options.device}: torch sees no such device here")
 
     console = Console()
     comparisons = _comparisons(options)
@@ -184,7 +195,11 @@ def _train(comparisons: list[Comparison], options: argparse.Namespace, console: 
 
 def _default_jobs(options: argparse.Namespace) -> int:
     if options.device != "cpu":
-        return 1
+        import torch
+
+        # On a GPU a short cell spends as long on its start as on its steps.
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return max(1, min(MOST_GPU_JOBS, memory // GPU_JOB_BYTES))
     return max(1, (os.cpu_count() or 1) // options.threads)
 
 

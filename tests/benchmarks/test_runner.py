@@ -8,10 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import __main__ as main_module
 from benchmarks import methods, runner
 from benchmarks.__main__ import main
 from benchmarks.cells import Result, load_all, save
@@ -20,6 +22,7 @@ from benchmarks.runner import Comparison, Runner
 from benchmarks.works import linear
 
 ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 
 
 def comparison(*names, **changes):
@@ -220,6 +223,14 @@ def test_command_line_end_to_end(server, tmp_path, capsys, monkeypatch):
         assert str(tmp_path) not in json.dumps(result.settings | result.environment)
 
 
+@pytest.mark.parametrize(("memory", "jobs"), [(8, 1), (47, 1), (80, 3), (141, 4)])
+def test_a_gpu_has_as_many_cells_at_a_time_as_its_memory_holds(memory, jobs, monkeypatch):
+    properties = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    options = main_module.arguments(["lm", "--device", "cuda", "--preset", "gpu"])
+    assert main_module._default_jobs(options) == jobs
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -231,6 +242,7 @@ def test_command_line_end_to_end(server, tmp_path, capsys, monkeypatch):
         (["linear", "--seeds", "0"], "tuning seed"),
         (["linear", "--jobs", "0"], "at least 1"),
         (["lm", "--data", "missing-folder"], "no such folder"),
+        pytest.param(["lm", "--device", "cuda"], "no such device", marks=WITHOUT_GPU),
         ([], "work"),
     ],
 )

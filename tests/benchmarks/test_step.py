@@ -212,6 +212,7 @@ def test_a_second_run_keeps_what_is_there_and_tries_again_what_failed(
     assert third["training_step"] != second["training_step"]
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tiny_run_on_a_gpu(tmp_path: Path) -> None:
     record = json.loads(run_step("tiny", "cuda", tmp_path).read_text())
