@@ -34,3 +34,12 @@ def test_objects_count_and_parameters_and_modules_do_not():
 def test_optimizers_that_step_together_add_up():
     both = Combined([holding(a=torch.zeros(3)), holding(a=torch.zeros(4))])
     assert state_bytes(both) == 4 * 7
+
+
+def test_of_many_parameters():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in range(1, 201)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    assert state_bytes(optimizer) == sum(2 * 4 * len(p) + 4 for p in parameters)
