@@ -22,6 +22,7 @@ from cg_optim.input_curvature import (
     directions,
     new_input_curvature,
     state_shapes,
+    update_together,
 )
 from cg_optim.pairs import LoRAPair
 
@@ -33,6 +34,8 @@ WARM_UP_STEPS = 6
 INTERVAL = 6
 
 STATE_PREFIX = "input_"
+#: In the state of every pair that has a curvature.
+TRACE = STATE_PREFIX + "trace"
 
 
 def collects_at(step: int) -> bool:
@@ -129,7 +132,8 @@ class CurvatureStore:
         for index, curvature in sorted(self._curvature_of.items()):
             if curvature.touched:
                 first.setdefault(id(curvature), index)
-        return {index: ~self._curvature_of[index].update(DECAY) for index in first.values()}
+        dropped = update_together([self._curvature_of[i] for i in first.values()], DECAY)
+        return dict(zip(first.values(), dropped, strict=True))
 
     def discard(self) -> None:
         """Drop what was collected since the last update."""

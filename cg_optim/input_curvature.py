@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cg_optim.damped import DampedGram, DampedInput, DampedLowRank
-from cg_optim.linalg import damped_cholesky
+from cg_optim.linalg import all_finite, as_scales, damped_cholesky
+from cg_optim.stacks import in_parts
 
 #: Directions kept of larger inputs.
 DEFAULT_RANK = 32
@@ -70,38 +71,19 @@ class InputCurvature:
         self.touched = True
 
     def update(self, decay: float) -> Tensor:
-        """Fold this step's sums into the running mean.
-
-        The mean is bias-corrected: the ``t``-th update weighs the new rows
-        ``(1 - decay) / (1 - decay^t)``.  Nothing changes if there were no rows or if
-        something was not finite.
+        """Fold this step's sums into the running mean; see :func:`update_together`.
 
         Returns:
             Boolean ``()`` tensor, False if something was not finite.
         """
-        if not self.touched:
-            return torch.ones_like(self.updates, dtype=torch.bool)
-        usable = torch.isfinite(self._square_sum)
-        some = usable & (self._rows > 0)
-        # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
-        rows = torch.where(some, self._rows, 1.0)
-        weight = ((1.0 - decay) / (1.0 - decay ** (self.updates + 1).double())).to(self.dtype)
-        mean = torch.where(some, self._square_sum, 0.0) / rows
-        new = self._updated(weight, torch.where(some, self._sum, 0.0) / rows)
-        new["trace"] = torch.lerp(self.trace, mean, weight)
-        for value in new.values():
-            usable = usable & torch.isfinite(value.abs().amax())
-        new["updates"] = self.updates + 1
-        for name, mine in self.state().items():
-            # In place: the saved state refers to these very tensors.
-            mine.copy_(torch.where(some & usable, new[name], mine))
-        self._damped.clear()
-        self.discard()
-        return usable
+        return ~update_together([self], decay)[0]
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self._rows, self._square_sum, self._sum
 
     def discard(self, unless: Tensor | None = None) -> None:
         """Drop this step's sums; with a boolean ``()`` tensor only where it is False."""
-        for each in (self._rows, self._square_sum, self._sum):
+        for each in self._sums():
             if unless is None:
                 each.zero_()
             else:
@@ -144,8 +126,15 @@ class InputCurvature:
     def _accumulate(self, x: Tensor) -> None:
         raise NotImplementedError
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        """New values of ``state_names`` from this step's ``_sum`` divided by its rows."""
+    @staticmethod
+    def _updated(old: dict[str, Tensor], weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """New values of ``state_names`` for a stack of inputs.
+
+        Args:
+            old: The values so far, each ``(inputs, ...)``.
+            weight: Of what is new, ``(inputs, 1, 1)``.
+            mean: This step's ``_sum`` divided by its rows, ``(inputs, ...)``.
+        """
         raise NotImplementedError
 
     def _compute_damped(self, damping: float) -> DampedInput:
@@ -165,8 +154,9 @@ class DenseCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x)
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        return {"gram": torch.lerp(self.gram, mean, weight)}
+    @staticmethod
+    def _updated(old: dict[str, Tensor], weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        return {"gram": torch.lerp(old["gram"], mean, weight)}
 
     def _compute_damped(self, damping: float) -> DampedInput:
         return DampedGram.from_gram(self.gram, self.trace / self.features, damping)
@@ -198,9 +188,11 @@ class LowRankCurvature(InputCurvature):
     def _accumulate(self, x: Tensor) -> None:
         self._sum.addmm_(x.mT, x @ self.basis)
 
-    def _updated(self, weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        core = self.factor @ self.factor.mT
-        basis, factor = nystrom(self.basis, torch.lerp(self.basis @ core, mean, weight))
+    @staticmethod
+    def _updated(old: dict[str, Tensor], weight: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        core = old["factor"] @ old["factor"].mT
+        sketch = torch.lerp(old["basis"] @ core, mean, weight)
+        basis, factor = nystrom(old["basis"], sketch)
         return {"basis": basis, "factor": factor}
 
     def _compute_damped(self, damping: float) -> DampedInput:
@@ -212,18 +204,79 @@ def nystrom(basis: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """The Nystrom approximation ``Y (U^T Y)^-1 Y^T`` of a PSD matrix known through ``Y = X U``.
 
     Args:
-        basis: ``U`` with orthonormal columns, ``(n, k)``.
-        sketch: ``Y = X U``, ``(n, k)``.
+        basis: ``U`` with orthonormal columns, ``(..., n, k)``.
+        sketch: ``Y = X U``, ``(..., n, k)``.
 
     Returns:
-        ``Q`` with orthonormal columns, ``(n, k)``, and ``F``, ``(k, k)``, with which the
-        approximation is ``Q F F^T Q^T``.
+        ``Q`` with orthonormal columns, ``(..., n, k)``, and ``F``, ``(..., k, k)``, with which
+        the approximation is ``Q F F^T Q^T``.
     """
     core = basis.mT @ sketch
     factor = damped_cholesky(core, CORE_DAMPING).factor
     q, r = torch.linalg.qr(sketch)
     # X ~ (Y L^-T) (Y L^-T)^T with Y L^-T = Q (R L^-T).
     return q, torch.linalg.solve_triangular(factor, r.mT, upper=False).mT
+
+
+def update_together(curvatures: Sequence[InputCurvature], decay: float) -> list[Tensor]:
+    """Fold the sums of this step into the running means of some inputs, stacks of them at once.
+
+    The means are bias-corrected: the ``t``-th update weighs the new rows
+    ``(1 - decay) / (1 - decay^t)``.  An input stays as it was if it had no rows or if something
+    was not finite.
+
+    Args:
+        curvatures: The inputs, each once.
+        decay: Weight of the past.
+
+    Returns:
+        For each input a boolean ``()`` tensor, True if something was not finite.
+    """
+    dropped: dict[int, Tensor] = {}
+    stacks: dict[Any, list[InputCurvature]] = {}
+    for one in curvatures:
+        if one.touched:
+            shapes = tuple(value.shape for value in one.state().values())
+            stacks.setdefault((type(one), shapes, one.dtype, one.device), []).append(one)
+        else:
+            dropped[id(one)] = torch.zeros_like(one.updates, dtype=torch.bool)
+    for stack in stacks.values():
+        for alike in in_parts(stack, stack[0]._sum.numel()):
+            unusable = ~_update_stack(alike, decay)
+            dropped.update(zip(map(id, alike), unusable.unbind(), strict=True))
+    return [dropped[id(one)] for one in curvatures]
+
+
+def _update_stack(alike: Sequence[InputCurvature], decay: float) -> Tensor:
+    """:func:`update_together` for inputs of one kind and size; boolean ``(inputs,)``."""
+    first = alike[0]
+    old = {name: torch.stack([getattr(one, name) for one in alike]) for name in first.state()}
+    row_sums = torch.stack([one._rows for one in alike])
+    square_sums = torch.stack([one._square_sum for one in alike])
+    sums = torch.stack([one._sum for one in alike])
+    usable = torch.isfinite(square_sums)
+    some = usable & (row_sums > 0)
+    # Sums of no rows, or of bad ones, must not meet the mean as 0/0 or NaN.
+    rows = torch.where(some, row_sums, 1.0)
+    weight = ((1.0 - decay) / (1.0 - decay ** (old["updates"] + 1).double())).to(first.dtype)
+    mean = torch.where(as_scales(some), sums, 0.0) / as_scales(rows)
+    new = first._updated(old, as_scales(weight), mean)
+    for value in new.values():
+        usable = usable & all_finite(value)
+    new["trace"] = torch.lerp(old["trace"], torch.where(some, square_sums, 0.0) / rows, weight)
+    usable = usable & torch.isfinite(new["trace"])
+    new["updates"] = old["updates"] + 1
+    changed = some & usable
+    for name, values in new.items():
+        mask = as_scales(changed) if values.ndim > 1 else changed
+        kept = torch.where(mask, values, old[name])
+        # In place: the saved state refers to these very tensors.
+        torch._foreach_copy_([getattr(one, name) for one in alike], list(kept.unbind()))
+    torch._foreach_zero_([part for one in alike for part in one._sums()])
+    for one in alike:
+        one._damped.clear()
+        one.touched = False
+    return usable
 
 
 def damp_together(wanted: Iterable[tuple[InputCurvature, float]]) -> None:

@@ -11,9 +11,9 @@ Precision is raised before jitter: float64 answers the question that was asked, 
 another one.
 
 Nobody waits for an accelerator: there all rungs but the eigenvalues are computed for all
-matrices and the first that held is selected.  ``eigh`` reads its own error code on the
-host, so an indefinite matrix, which no Gram matrix is, is shifted there.  Four small
-factorisations instead of one are cheaper than one wait.
+matrices, in float64 and in one call, and the first that held is selected.  ``eigh`` reads
+its own error code on the host, so an indefinite matrix, which no Gram matrix is, is shifted
+there.  Four small factorisations instead of one are cheaper than one wait.
 """
 
 from __future__ import annotations
@@ -67,7 +67,13 @@ def all_finite(matrix: Tensor) -> Tensor:
 
     Extremes propagate NaN, and two reductions are far cheaper than a mask of all entries.
     """
-    return torch.isfinite(matrix.amax((-2, -1))) & torch.isfinite(matrix.amin((-2, -1)))
+    extreme = torch.maximum(matrix.amax((-2, -1)), -matrix.amin((-2, -1)))
+    return extreme < torch.inf
+
+
+def as_scales(values: Tensor) -> Tensor:
+    """``(...)`` as ``(..., 1, 1)``, a number for each matrix of a stack."""
+    return values[..., None, None]
 
 
 def add_to_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
@@ -130,38 +136,67 @@ def damped_cholesky(matrix: Tensor, damping: float, floor: Tensor | float = 0.0)
     # Two divisions, by the largest entry and then by the mean eigenvalue, because the
     # trace itself overflows or vanishes near the ends of the range of fp32.
     largest = matrix.abs().amax((-2, -1))
-    # A tensor also because torch divides a number by a tensor through its reciprocal.
-    floor = floor.to(largest) if isinstance(floor, Tensor) else torch.full_like(largest, floor)
-    largest = torch.maximum(largest, floor)
-    usable = torch.isfinite(largest)
-    blank = ~usable | (largest == 0)
-    matrix = torch.where(blank[..., None, None], eye, matrix)
-    largest = torch.where(blank, 1.0, largest)
-    matrix = matrix / largest[..., None, None]
+    has_floor = isinstance(floor, Tensor) or floor != 0.0
+    if has_floor:
+        # A tensor also because torch divides a number by a tensor through its reciprocal.
+        floor = floor.to(largest) if isinstance(floor, Tensor) else torch.full_like(largest, floor)
+        largest = torch.maximum(largest, floor)
+    usable = largest < torch.inf
+    some = usable & (largest > 0)
+    largest = torch.where(some, largest, 1.0)
+    matrix = torch.where(as_scales(some), matrix, eye) / as_scales(largest)
     matrix = 0.5 * (matrix + matrix.mT)
-    mean = torch.where(blank, 1.0, mean_eigenvalue(matrix).clamp_min(floor / largest))
+    mean = mean_eigenvalue(matrix)
+    if has_floor:
+        mean = torch.where(some, mean.clamp_min(floor / largest), mean)
     # Without a positive trace or a floor this is no semi-definite matrix, nor near one.
     usable = usable & (mean > 0)
-    mean = torch.where(usable, mean, 1.0)
-    normalised = torch.where(usable[..., None, None], matrix / mean[..., None, None], eye)
-    factor, info = torch.linalg.cholesky_ex(add_to_diagonal(normalised, damping))
-    rung = torch.where(usable, int(Rung.CLEAN), int(Rung.FAILED))
-    failed = (info != 0) & usable
-    if not host.at_hand(failed):
-        attempt, needed = _climb(normalised.double(), damping, matrix.dtype)
-        factor = torch.where(failed[..., None, None], attempt.to(factor.dtype), factor)
-        rung = torch.where(failed, needed, rung)
-    elif bool(failed.any()):
-        factor, rung = factor.clone(), rung.clone()
-        attempt, needed = _climb(normalised[failed].double(), damping, matrix.dtype)
-        factor[failed], rung[failed] = attempt.to(factor.dtype), needed
-    factor = factor * (mean.sqrt() * largest.sqrt())[..., None, None]
+    normalised = torch.where(as_scales(usable), matrix / as_scales(mean), eye)
+    solve = _in_turn if host.at_hand(usable) else _at_once
+    factor, rung = solve(normalised, damping)
+    factor = factor.to(matrix.dtype) * as_scales(mean.sqrt() * largest.sqrt())
+    rung = torch.where(usable, rung, int(Rung.FAILED))
     record_rungs(rung)
-    return CholeskyResult(torch.where((rung == Rung.FAILED)[..., None, None], eye, factor), rung)
+    return CholeskyResult(torch.where(as_scales(usable), factor, eye), rung)
+
+
+def _in_turn(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The ladder for finite matrices of unit scale ``(..., d, d)``, the failed ones further."""
+    factor, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, damping))
+    rung = torch.where(info == 0, int(Rung.CLEAN), int(Rung.FLOAT64))
+    failed = info != 0
+    if bool(failed.any()):
+        factor = factor.clone()
+        attempt, needed = _climb(matrix[failed].double(), damping, matrix.dtype)
+        factor[failed], rung[failed] = attempt.to(factor.dtype), needed
+    return factor, rung
+
+
+def _at_once(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The ladder without a look at what failed: all its rungs in one call, in float64.
+
+    What a call costs does not depend on how much is in it here, and float64 answers the
+    first rung's question as well.
+    """
+    least = max(damping, torch.finfo(matrix.dtype).eps)
+    attempts = matrix.double().repeat(JITTER_STEPS + 2, *(1 for _ in matrix.shape))
+    bound = _negative_bound(attempts[0], least)
+    diagonals = attempts.diagonal(dim1=-2, dim2=-1)
+    diagonals[0] += damping
+    for power in range(1, JITTER_STEPS + 1):
+        diagonals[power] += least * 10**power
+    diagonals[-1] += bound.unsqueeze(-1)
+    factors, info = torch.linalg.cholesky_ex(attempts)
+    factor, rung = factors[-1], torch.full_like(info[0], int(Rung.SHIFT), dtype=torch.int64)
+    for power in range(JITTER_STEPS, -1, -1):
+        held = info[power] == 0
+        factor = torch.where(as_scales(held), factors[power], factor)
+        rung = torch.where(held, int(Rung.JITTER if power else Rung.CLEAN), rung)
+    return factor, rung
 
 
 def _climb(matrix: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Everything past the first rung, for float64 matrices ``(..., d, d)`` of unit scale.
+    """Everything past the first rung, for float64 matrices ``(matrices, d, d)`` of unit scale.
 
     Args:
         matrix: The matrices, not damped.
@@ -175,16 +210,12 @@ def _climb(matrix: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, 
     for power in range(1, JITTER_STEPS + 1):
         attempt, info = torch.linalg.cholesky_ex(add_to_diagonal(matrix, least * 10**power))
         solved = failed & (info == 0)
-        factor = torch.where(solved[..., None, None], attempt, factor)
+        factor = torch.where(as_scales(solved), attempt, factor)
         rung = torch.where(solved, int(Rung.JITTER), rung)
         failed = failed & ~solved
-    if host.at_hand(failed):
-        if bool(failed.any()):
-            factor[failed], rung[failed] = _clamped_or_shifted(matrix[failed], least)
-        return factor, rung
-    shifted = _shifted(matrix, least)
-    factor = torch.where(failed[..., None, None], shifted, factor)
-    return factor, torch.where(failed, int(Rung.SHIFT), rung)
+    if bool(failed.any()):
+        factor[failed], rung[failed] = _clamped_or_shifted(matrix[failed], least)
+    return factor, rung
 
 
 def _clamped_or_shifted(matrix: Tensor, least: float) -> tuple[Tensor, int]:
@@ -201,7 +232,13 @@ def _clamped_or_shifted(matrix: Tensor, least: float) -> tuple[Tensor, int]:
 
 
 def _shifted(matrix: Tensor, least: float) -> Tensor:
-    """Factors after adding the Frobenius norm, which no negative eigenvalue exceeds."""
-    bound = torch.linalg.matrix_norm(matrix) * (1 + 1e-6) + least
+    """Factors after adding :func:`_negative_bound`."""
+    bound = _negative_bound(matrix, least)
     factor: Tensor = torch.linalg.cholesky_ex(add_to_diagonal(matrix, bound))[0]
     return factor
+
+
+def _negative_bound(matrix: Tensor, least: float) -> Tensor:
+    """The Frobenius norm, which no negative eigenvalue exceeds, and a little more ``(...)``."""
+    norm: Tensor = torch.linalg.matrix_norm(matrix)
+    return norm * (1 + 1e-6) + least

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from cg_optim import arguments, events
-from cg_optim.curvature_store import STATE_PREFIX, CurvatureStore
+from cg_optim.curvature_store import TRACE, CurvatureStore
 from cg_optim.diagnostics import LayerDiagnostics, look_at
 from cg_optim.discovery import Discovery
 from cg_optim.errors import UnobservedPairWarning, warn
@@ -296,44 +296,37 @@ class CGLoRAOptimizer(ResumableOptimizer):
         group_of: dict[int, Group],
         states: tuple[Group, Group],
     ) -> PairWork:
+        a, b = pair.A, pair.B
         state_a, state_b = states
-        group_a, group_b = group_of[id(pair.A)], group_of[id(pair.B)]
-        values = pair.as_matrices(pair.A, pair.B)
-        count = (1,) if pair.experts > 1 else ()
-        means = pair.as_matrices(state_a["exp_avg"], state_b["exp_avg"])
-        squares = pair.as_matrices(state_a["exp_avg_sq"], state_b["exp_avg_sq"])
-        grads = pair.as_matrices(  # of a parameter without gradient not used
-            pair.A if pair.A.grad is None else pair.A.grad,
-            pair.B if pair.B.grad is None else pair.B.grad,
+        value_a, value_b = pair.as_matrices(a, b)
+        # Of a parameter without gradient not used.
+        grad_a, grad_b = pair.as_matrices(
+            a if a.grad is None else a.grad, b if b.grad is None else b.grad
         )
-
-        def factor(which: int, parameter: Tensor, group: Group, state: Group) -> FactorWork:
-            return FactorWork(
-                values[which],
-                None if parameter.grad is None else grads[which],
-                Moments(state["step"].reshape(count), means[which], squares[which]),
-                group["lr"],
-                group["weight_decay"],
-                AdamSettings(group["momentum"], group["betas"][1], group["eps"]),
-            )
-
+        mean_a, mean_b = pair.as_matrices(state_a["exp_avg"], state_b["exp_avg"])
+        square_a, square_b = pair.as_matrices(state_a["exp_avg_sq"], state_b["exp_avg_sq"])
+        step_a, step_b = state_a["step"], state_b["step"]
+        if pair.experts > 1:  # one count for all
+            step_a, step_b = step_a.reshape(1), step_b.reshape(1)
+        group_a, group_b = group_of[id(a)], group_of[id(b)]
+        moments_a, moments_b = Moments(step_a, mean_a, square_a), Moments(step_b, mean_b, square_b)
         return PairWork(
-            factor(0, pair.A, group_a, state_a),
-            factor(1, pair.B, group_b, state_b),
+            _factor_work(value_a, None if a.grad is None else grad_a, moments_a, group_a),
+            _factor_work(value_b, None if b.grad is None else grad_b, moments_b, group_b),
             self._store.damped(index, group_a["damping"]),
             group_a["damping"],
         )
 
     def _states_of(self, index: int, pair: LoRAPair) -> tuple[Group, Group]:
         state_a, state_b = self._factor_state(pair.A), self._factor_state(pair.B)
-        if pair.observed and not any(name.startswith(STATE_PREFIX) for name in state_a):
+        if pair.observed and TRACE not in state_a:
             state_a.update(self._store.state(index))
         return state_a, state_b
 
     def _factor_state(self, parameter: Tensor) -> Group:
-        if not self.state[parameter]:
-            self.state[parameter] = new_factor_state(parameter)
         state: Group = self.state[parameter]
+        if not state:
+            state = self.state[parameter] = new_factor_state(parameter)
         return state
 
     def _step_others(self) -> None:
@@ -399,3 +392,8 @@ class CGLoRAOptimizer(ResumableOptimizer):
                     work = self._pair_work(index, pair, group_of, (known[0], known[1]))
                     layers.append(look_at(pair.name, work, self._store.of(index), missed))
         return layers
+
+
+def _factor_work(value: Tensor, grad: Tensor | None, state: Moments, group: Group) -> FactorWork:
+    settings = AdamSettings(group["momentum"], group["betas"][1], group["eps"])
+    return FactorWork(value, grad, state, group["lr"], group["weight_decay"], settings)

@@ -3,12 +3,14 @@
 Pairs of equal shape and settings are stacked, stepped by one call of the pure rule, and
 written back.  The rule does not know about parameters, groups or dtypes; this module
 does not know any mathematics.
+
+What happens once for each pair is kept small: on a GPU a step takes as long as Python needs
+for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor
 from cg_optim.damped import DampedInput, stack_damped
 from cg_optim.linalg import all_finite
 from cg_optim.rule import AdamSettings, Direction, Moments, hidden_whitening, whitened_adam
+from cg_optim.stacks import in_parts
 
 
-@dataclass(frozen=True)
-class FactorWork:
+class FactorWork(NamedTuple):
     """One factor (A or B) of one pair in this step, every tensor as a matrix.
 
     Attributes:
@@ -42,8 +44,7 @@ class FactorWork:
     settings: AdamSettings
 
 
-@dataclass(frozen=True)
-class PairWork:
+class PairWork(NamedTuple):
     """One pair in this step.
 
     Attributes:
@@ -60,20 +61,27 @@ class PairWork:
 
     def stacking_key(self) -> tuple[Any, ...]:
         """Pairs with equal keys can be stacked."""
-        shapes = tuple(tuple(tensor.shape) for tensor in self.damped or ())
-        return (*map(_factor_key, (self.a, self.b)), type(self.damped), shapes, self.damping)
+        damped = self.damped
+        # Kind, input size and number of directions: the first tensor has them all.
+        curvature = None if damped is None else (type(damped), damped[0].shape)
+        return (*_factor_key(self.a), *_factor_key(self.b), curvature, self.damping)
+
+    def elements(self) -> int:
+        """Of the largest tensor in a stack of such pairs, for each of them."""
+        known = 0 if self.damped is None else self.damped[0].numel()
+        return max(self.a.value.numel(), self.b.value.numel(), known)
 
 
 def _factor_key(factor: FactorWork) -> tuple[Any, ...]:
-    value, lr = factor.value, factor.lr
+    value, grad, state, lr, weight_decay, settings = factor
     return (
         value.shape,
         value.dtype,
         value.device,
-        factor.state.exp_avg.dtype,
-        factor.grad is None,
-        factor.settings,
-        factor.weight_decay,
+        state.exp_avg.dtype,
+        grad is None,
+        settings,
+        weight_decay,
         # One learning rate for a whole stack: nothing has to be sent to its device.
         id(lr) if isinstance(lr, Tensor) else lr,
     )
@@ -88,7 +96,7 @@ class Skipped(NamedTuple):
             was not finite, or would not have been after the step.
     """
 
-    positions: list[int]
+    positions: Sequence[int]
     mask: Tensor
 
 
@@ -98,7 +106,11 @@ def step_pairs(work: Iterable[PairWork]) -> list[Skipped]:
     items = list(work)
     for position, item in enumerate(items):
         stacks.setdefault(item.stacking_key(), []).append(position)
-    return [Skipped(stack, _step_stack([items[i] for i in stack])) for stack in stacks.values()]
+    return [
+        Skipped(part, _step_stack([items[i] for i in part]))
+        for stack in stacks.values()
+        for part in in_parts(stack, items[stack[0]].elements())
+    ]
 
 
 def _step_stack(items: list[PairWork]) -> Tensor:

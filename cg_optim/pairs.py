@@ -154,7 +154,8 @@ class LoRAPair:
         if self.experts > 1:
             of_a = a_like.unflatten(0, (self.experts, self.rank))
             return of_a, b_like.unflatten(1, (self.rank, self.experts)).permute(2, 0, 1)
-        a_matrix, b_matrix = a_like.flatten(1), b_like.flatten(1)
+        a_matrix = a_like if a_like.ndim == 2 else a_like.flatten(1)
+        b_matrix = b_like if b_like.ndim == 2 else b_like.flatten(1)
         return (a_matrix.t(), b_matrix.t()) if self.transposed else (a_matrix, b_matrix)
 
 

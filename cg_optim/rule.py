@@ -39,14 +39,13 @@ of another distribution (``benchmarks/EXPERIMENTS.md``).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cg_optim.damped import DampedInput
-from cg_optim.linalg import all_finite, damped_cholesky
+from cg_optim.linalg import all_finite, as_scales, damped_cholesky
 from cg_optim.whitening import MatrixWhitening, Whitening
 
 #: Raised with every change of the mathematics or of the curvature's schedule, so that
@@ -57,8 +56,7 @@ RULE_VERSION = 3
 SPECTRAL_BOUND = 1.0
 
 
-@dataclass(frozen=True)
-class AdamSettings:
+class AdamSettings(NamedTuple):
     """Constants of the step of one factor.
 
     Attributes:
@@ -105,7 +103,7 @@ def bias_correction(beta: float, step: Tensor) -> Tensor:
     """``1 - beta^step``, without the cancellation that float32 suffers for beta near 1."""
     if beta == 0:
         return torch.ones_like(step)
-    return -torch.expm1(step.double() * math.log(beta))
+    return -torch.expm1(step * math.log(beta))
 
 
 def whitened_adam(
@@ -123,30 +121,38 @@ def whitened_adam(
     momentum = settings.momentum
     exp_avg = torch.lerp(moments.exp_avg, grad, 1 - momentum)
     whitened = grad if whitening is None else whitening.apply(grad)
-    exp_avg_sq = moments.exp_avg_sq * settings.beta2 + whitened.square() * (1 - settings.beta2)
+    exp_avg_sq = torch.addcmul(
+        moments.exp_avg_sq * settings.beta2, whitened, whitened, value=1 - settings.beta2
+    )
 
+    count = as_scales(step.to(grad.dtype))
     # The look-ahead weighs t + 1 gradients: its weights sum to 1 - momentum^(t + 1).
-    first = bias_correction(momentum, step + 1).to(grad.dtype)[..., None, None]
-    second = bias_correction(settings.beta2, step).sqrt().to(grad.dtype)[..., None, None]
+    first = bias_correction(momentum, count + 1)
+    second = bias_correction(settings.beta2, count).sqrt()
     ahead = torch.lerp(exp_avg, grad, 1 - momentum)
     mean = ahead if whitening is None else whitening.apply(ahead)
-    scale = exp_avg_sq.sqrt() / second + settings.eps
+    spread = exp_avg_sq.sqrt() / second + settings.eps
     if settings.eps == 0:
-        scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)  # A's gradient at B = 0 is zero
-    unit = (mean / first) / scale
-    value = unit if whitening is None else _with_norm_of(unit, whitening.apply_transposed(unit))
-    value = value * spectral_shortening(unit)
+        spread = spread.clamp_min(torch.finfo(spread.dtype).tiny)  # A's gradient at B = 0 is zero
+    unit = (mean / first) / spread
+    scale = spectral_shortening(unit)
+    value = unit
+    if whitening is not None:
+        value = whitening.apply_transposed(unit)
+        scale = scale * _ratio_of_norms(unit, value)
+    value = value * scale
 
-    # A beta2 that became 1 in training leaves nothing to divide by, and a step of zero.
-    usable = all_finite(value) & all_finite(exp_avg_sq) & (second > 0)[..., 0, 0]
+    usable = all_finite(value) & all_finite(exp_avg_sq)
+    if settings.beta2 == 1:  # became so in training: nothing to divide by, and a step of zero
+        usable = torch.zeros_like(usable)
     return Direction(value, Moments(step, exp_avg, exp_avg_sq), usable)
 
 
-def _with_norm_of(reference: Tensor, matrix: Tensor) -> Tensor:
-    """Scale ``matrix`` to the Frobenius norm of ``reference``; zero stays zero."""
-    wanted = torch.linalg.matrix_norm(reference, keepdim=True)
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix * torch.where(norm > 0, wanted / norm, torch.zeros_like(norm))
+def _ratio_of_norms(matrix: Tensor, other: Tensor) -> Tensor:
+    """``||M||_F / ||O||_F``, ``(..., 1, 1)``; zero where both are."""
+    norm = torch.linalg.matrix_norm(other, keepdim=True).clamp_min(torch.finfo(other.dtype).tiny)
+    ratio: Tensor = torch.linalg.matrix_norm(matrix, keepdim=True) / norm
+    return ratio
 
 
 def spectral_shortening(matrix: Tensor) -> Tensor:
@@ -163,22 +169,21 @@ def spectral_shortening(matrix: Tensor) -> Tensor:
         ``(..., 1, 1)``.
     """
     rows, columns = matrix.shape[-2:]
-    # Entries are scaled to at most one: nothing overflows on the way to the 32nd power.
-    largest = matrix.abs().amax((-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
+    smallest = torch.finfo(matrix.dtype).tiny
+    # Entries are scaled to at most one: nothing overflows in the product.
+    largest = matrix.abs().amax((-2, -1), keepdim=True).clamp_min(smallest)
     unit = matrix / largest
     power = unit @ unit.mT if rows <= columns else unit.mT @ unit
-    norm = torch.ones_like(largest)
-    for order in (2, 4, 8):
-        size = torch.linalg.matrix_norm(power, keepdim=True)
-        norm = norm * size ** (1.0 / order)
-        power = power / torch.where(size > 0, size, 1.0)
+    # Of norm one, the largest eigenvalue is at least one by the root of the rank, so that the
+    # eighth power is far from nothing.
+    size = torch.linalg.matrix_norm(power, keepdim=True)
+    power = power / size.clamp_min(smallest)
+    for _ in range(3):
         power = power @ power
-    norm = norm * torch.linalg.matrix_norm(power, keepdim=True) ** (1.0 / 16.0)
+    norm = size.sqrt() * torch.linalg.matrix_norm(power, keepdim=True) ** (1.0 / 16.0)
     # One division after the other: the norm of large entries may be beyond the largest number.
-    factor = SPECTRAL_BOUND * math.sqrt(max(rows, columns)) / largest / norm
-    # NaN is no reason to hide what is not finite behind a factor.
-    return torch.where(factor < 1, factor, 1.0)
+    factor: Tensor = SPECTRAL_BOUND * math.sqrt(max(rows, columns)) / largest / norm
+    return factor.clamp_max(1.0)
 
 
 def hidden_whitening(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cg_optim import CGLoRAOptimizer, host
+from cg_optim import CGLoRAOptimizer, host, stacks
 from cg_optim.damped import DampedLowRank
 from cg_optim.input_curvature import (
     DenseCurvature,
@@ -20,6 +20,7 @@ from cg_optim.input_curvature import (
     new_input_curvature,
     nystrom,
     state_shapes,
+    update_together,
 )
 from cg_optim.linalg import Rung, recorded_rungs
 from tests.models import tagger, train
@@ -208,13 +209,45 @@ def test_an_update_that_cannot_be_computed_is_dropped(monkeypatch: pytest.Monkey
     assert curvature.update(DECAY)
     before = {name: tensor.clone() for name, tensor in curvature.state().items()}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.linalg, "qr", lambda matrix: (matrix * torch.nan, matrix[:K]))
+        patch.setattr(torch.linalg, "qr", lambda matrix: (matrix * torch.nan, matrix[..., :K, :]))
         feed(curvature, rows)
         assert not curvature.update(DECAY)
     for name, tensor in curvature.state().items():
         assert torch.equal(tensor, before[name])
     feed(curvature, rows)
     assert curvature.update(DECAY)
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+@pytest.mark.parametrize("most", [stacks.MOST_ELEMENTS, 2 * N * K])
+def test_inputs_updated_together_are_updated_like_alone(
+    most: int, at_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two kinds and ages; one gets nothing, one what is not finite, one masked rows only."""
+    monkeypatch.setattr(stacks, "MOST_ELEMENTS", most)
+    if not at_hand:
+        monkeypatch.setattr(host, "at_hand", lambda tensor: False)
+    several = [fresh(kind) for kind in ("low rank", "dense", *5 * ["low rank"], "dense")]
+    for step in range(3):
+        for index, one in enumerate(several[step:]):
+            feed(one, gaussian(generator(10 * step + index), 20, N))
+        for one in several:
+            one.update(DECAY)
+    alone = [one.clone() for one in several]
+    for curvatures in (several, alone):
+        for index, one in enumerate(curvatures):
+            rows = gaussian(generator(index), 20, N)
+            if index == 3:
+                rows[0, 0] = torch.inf
+            if index != 2:
+                feed(one, rows, torch.full((20,), index != 4))
+    together = update_together(several, DECAY)
+    assert [bool(each.update(DECAY)) for each in alone] == [not bool(bad) for bad in together]
+    assert [i for i, bad in enumerate(together) if bad] == [3]
+    for one, other in zip(several, alone, strict=True):
+        assert not one.touched
+        for name, value in one.state().items():
+            torch.testing.assert_close(value, other.state()[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("at_hand", [True, False])

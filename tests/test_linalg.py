@@ -321,7 +321,7 @@ def test_matrices_of_a_stack_do_not_touch_each_other(names: list[str], nested: b
         assert torch.equal(factor, damped_cholesky(CASES[name][0], 1e-9).factor)
 
 
-def test_on_an_accelerator_the_same_rungs_hold_without_a_look_at_the_values(
+def test_on_an_accelerator_the_same_matrices_hold_without_a_look_at_the_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stack = torch.stack([matrix for matrix, _ in CASES.values()])
@@ -332,8 +332,10 @@ def test_on_an_accelerator_the_same_rungs_hold_without_a_look_at_the_values(
     shifted = expected.rung == Rung.EIGENVALUES
     assert int(shifted.sum()) == 1
     assert bool((found.rung[shifted] == Rung.SHIFT).all())
-    assert torch.equal(found.rung[~shifted], expected.rung[~shifted])
-    assert torch.equal(found.factor[~shifted], expected.factor[~shifted])
+    # There float64 is what everything starts with.
+    rungs = torch.where(expected.rung == Rung.FLOAT64, int(Rung.CLEAN), expected.rung)
+    assert torch.equal(found.rung[~shifted], rungs[~shifted])
+    torch.testing.assert_close(found.factor[~shifted], expected.factor[~shifted])
     added = square(found.factor[shifted]) - stack[shifted]
     norm = torch.linalg.matrix_norm(stack[shifted])[:, None, None]
     torch.testing.assert_close(added, (norm * torch.eye(3)).double(), rtol=1e-4, atol=1e-4)

@@ -23,7 +23,6 @@ pairs together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -210,4 +209,4 @@ def with_changed_gradient(work: PairWork, start: Start | None) -> PairWork:
         return work
     grad = work.b.grad.to(start.change.dtype)
     changed = torch.where(start.usable, grad @ start.change, grad)
-    return replace(work, b=replace(work.b, grad=changed))
+    return work._replace(b=work.b._replace(grad=changed))
