@@ -7,7 +7,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-#: Elements of one stacked tensor, 64 MiB in float32.  A step holds a dozen of them for a
+#: Elements of one stacked tensor, 64 MiB in float32.  A step holds some twenty of them for a
 #: moment.  Larger ones save no time: launching their kernels takes less than running them.
 MOST_ELEMENTS = 2**24
 
