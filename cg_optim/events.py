@@ -82,7 +82,10 @@ class EventCounter:
                     self._warn(kind)
             else:
                 key = (kind, device)
-                self._on_device[key] = self._on_device.get(key, 0) + count
+                if key not in self._on_device:
+                    self._on_device[key] = torch.zeros_like(count)
+                # In place: so does the replay of a CUDA graph.
+                self._on_device[key] += count
                 self._watch(kind, self._on_device[key])
 
     def raise_if_strict(self) -> None:
@@ -115,6 +118,8 @@ class EventCounter:
     def _watch(self, kind: str, total: Tensor) -> None:
         if kind in self._warned or total.device.type not in PINNING_DEVICES:
             return
+        if total.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # a graph cannot hold a look at an event
         if kind in self._arriving:
             copied, done = self._arriving[kind]
             if not done.query():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def test_counts_numbers_and_tensors() -> None:
         warnings.simplefilter("error")
         events.add(PAIR_SKIPPED, [torch.ones(3, dtype=torch.bool)])
     assert events.counts() == {**dict.fromkeys(MEANING, 0), PAIR_SKIPPED: 5, CURVATURE_DROPPED: 1}
+
+
+def test_nothing_is_looked_at_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pinning memory, or asking an event, would end the capture.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    events = EventCounter()
+    events._watch(PAIR_SKIPPED, SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
+    assert not events._arriving
 
 
 @pytest.mark.cuda
